@@ -1,0 +1,93 @@
+"""The rules that turn gradients or preconditioned directions into new weights, on lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+State = MutableMapping[Tensor, dict[str, Tensor]]
+
+
+def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any]) -> None:
+    """One step of `torch.optim.AdamW`, through its functional form and with its state, for parameters with `.grad`."""
+    for parameter in parameters:
+        entry = state[parameter]
+        if "exp_avg" not in entry:
+            # Where and in which precision AdamW counts its steps: on the device only for the fused kernel.
+            on_device = {"dtype": torch.float32, "device": parameter.device}
+            entry["step"] = torch.zeros((), **(on_device if group["fused"] else {"dtype": _step_dtype()}))
+            entry["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            entry["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    entries = [state[parameter] for parameter in parameters]
+    beta1, beta2 = group["betas"]
+    adamw(
+        list(parameters),
+        [_grad(parameter) for parameter in parameters],
+        [entry["exp_avg"] for entry in entries],
+        [entry["exp_avg_sq"] for entry in entries],
+        [],
+        [entry["step"] for entry in entries],
+        foreach=group["foreach"],
+        fused=group["fused"],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def sgd_(
+    parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], momentum: float, nesterov: bool
+) -> None:
+    """One step of `torch.optim.SGD`, through its functional form and with its state, for parameters with `.grad`."""
+    buffers: list[Tensor | None] = [state[parameter].get("momentum_buffer") for parameter in parameters]
+    sgd(
+        list(parameters),
+        [_grad(parameter) for parameter in parameters],
+        buffers,
+        foreach=group["foreach"],
+        fused=group["fused"],
+        weight_decay=group["weight_decay"],
+        momentum=momentum,
+        lr=group["lr"],
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=False,
+    )
+    if momentum != 0:
+        for parameter, buffer in zip(parameters, buffers, strict=True):
+            assert buffer is not None
+            state[parameter]["momentum_buffer"] = buffer
+
+
+def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: float, nesterov: bool) -> None:
+    """`M ← β M + (1 − β) G`, then `G ← M`, or with Nesterov `G ← β M + (1 − β) G`."""
+    torch._foreach_lerp_(list(buffers), list(gradients), 1 - momentum)
+    for gradient, buffer in zip(gradients, buffers, strict=True):
+        if nesterov:
+            gradient.lerp_(buffer, momentum)
+        else:
+            gradient.copy_(buffer)
+
+
+def decoupled_(parameters: Sequence[Tensor], updates: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+    """`W ← (1 − lr · weight_decay) W − lr · P`."""
+    torch._foreach_mul_(list(parameters), 1 - lr * weight_decay)
+    torch._foreach_add_(list(parameters), list(updates), alpha=-lr)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _step_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -1,0 +1,200 @@
+"""
+Statistics of inputs and output gradients, gathered while the model runs.
+
+A forward hook sums what a layer receives and passes the layer's output through an autograd function that changes
+nothing; when the backward pass comes by, that function adds the sums, and those of the output gradient, to one flat
+buffer. Committing in the backward pass is what makes the count exact: evaluation, generation and the repeated forward
+passes of gradient checkpointing never reach it, and a module that is called twice is counted twice, as in `.grad`.
+
+A window is what one optimizer step sees: any number of micro-batches. It ends in `Eva.step`; a window that is thrown
+away without a step (an overflow under fp16) ends when the next forward pass finds all gradients cleared.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .collectives import sum_over_processes_
+from .layers import Layer
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    Means of one layer over the tokens of a window and over all processes; `g` is a sum over tokens, like `bias.grad`.
+
+    `tokens` is the number of tokens; 0 says that the layer was not used. `a_square` is the mean of `‖x‖²` and
+    `g_square` is `N Σ‖δ‖²`, the traces of the two factors. Without output gradients `g` and `g_square` stay 0.
+    """
+
+    tokens: Tensor
+    a: Tensor
+    a_square: Tensor
+    g: Tensor
+    g_square: Tensor
+
+
+class Capture:
+    """
+    Hooks on `layers` and the flat buffer they add to. Hooks reach this object through a weak reference, so that they
+    go when it goes.
+
+    Raises:
+        ValueError: another live `Capture` is attached to one of the layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], with_output_gradients: bool) -> None:
+        self.layers = list(layers)
+        self.with_output_gradients = with_output_gradients
+        self.called: set[int] = set()  # layers whose hook has fired in training; read for a warning only
+        self._buffer: Tensor | None = None
+        self._sizes: list[list[int]] = []
+        for layer in self.layers:
+            d_out, d_in = layer.shape
+            self._sizes.append([1, d_in, 1, d_out, 1])  # the order of Statistics
+            if any(isinstance(hook, _LayerHook) and hook.capture() for hook in layer.module._forward_hooks.values()):
+                raise ValueError(
+                    f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
+                )
+        self._starts = [0, *accumulate(map(sum, self._sizes))]
+        handles: list[RemovableHandle] = [model.register_forward_pre_hook(_RootHook(self))]
+        for index, layer in enumerate(self.layers):
+            handles.append(layer.module.register_forward_hook(_LayerHook(self, index), with_kwargs=True))
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    def detach(self) -> None:
+        """Remove all hooks from the model."""
+        self._finalizer()
+
+    def start_window(self) -> None:
+        """Forget what was gathered since the last step."""
+        if self._buffer is not None:
+            self._buffer.zero_()
+
+    def collect(self) -> list[Statistics]:
+        """
+        The statistics of the window, one entry per layer, and a new window. Where several processes train it runs one
+        all-reduce, also in a process that called no layer: the others wait for it.
+        """
+        buffer = self._allocated(self.layers[0].weight.device)
+        processes = sum_over_processes_(buffer)
+        statistics = []
+        for start, sizes in zip(self._starts, self._sizes, strict=False):
+            tokens, a, a_square, g, g_square = buffer.narrow(0, start, sum(sizes)).split(sizes)
+            count = tokens.clamp_min(1)
+            # A process's gradients belong to its own mean loss; the loss of all is the mean over processes.
+            g, g_square = g / processes, count * g_square / processes**2
+            statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count)[0], g, g_square[0]))
+        buffer.zero_()
+        return statistics
+
+    def summarize(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The sums over one call's input that `commit` adds when the backward pass confirms the call."""
+        layer = self.layers[index]
+        self.called.add(index)
+        return layer.kind.input_sums(layer.module, x, _statistics_dtype(layer))
+
+    def commit(self, index: int, input_sums: tuple[Tensor, Tensor, int], grad: Tensor) -> None:
+        """Add one call's sums to the buffer."""
+        sizes = self._sizes[index]
+        slot = self._allocated(grad.device).narrow(0, self._starts[index], sum(sizes))
+        tokens, a, a_square, g, g_square = slot.split(sizes)
+        x_sum, x_square, count = input_sums
+        tokens.add_(count)
+        a.add_(x_sum.to(a.device))
+        a_square.add_(x_square.to(a.device))
+        if self.with_output_gradients:
+            layer = self.layers[index]
+            delta_sum, delta_square = layer.kind.output_gradient_sums(grad, _statistics_dtype(layer))
+            g.add_(delta_sum.to(g.device))
+            g_square.add_(delta_square.to(g.device))
+
+    def _allocated(self, device: torch.device) -> Tensor:
+        """The buffer; allocated late, because models are moved between the making of the optimizer and training."""
+        if self._buffer is None:
+            dtype = max((_statistics_dtype(layer) for layer in self.layers), key=lambda dtype: dtype.itemsize)
+            self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=dtype, device=device)
+        return self._buffer
+
+
+def _statistics_dtype(layer: Layer) -> torch.dtype:
+    return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
+class _Hook:
+    """A hook that knows its capture by weak reference; a copied or unpickled model gets one that does nothing."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = weakref.ref(capture)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unhooked, ()
+
+
+def _unhooked() -> Any:
+    return _no_operation
+
+
+def _no_operation(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _RootHook(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        capture = self.capture()
+        if capture is None or not torch.is_grad_enabled():
+            return
+        # Inside a backward pass (checkpointing around the whole model) gradients can be missing without a new window.
+        outside_backward = torch._C._current_graph_task_id() == -1
+        if outside_backward and all(layer.weight.grad is None for layer in capture.layers):
+            capture.start_window()
+
+
+class _LayerHook(_Hook):
+    def __init__(self, capture: Capture, index: int) -> None:
+        super().__init__(capture)
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        capture = self.capture()
+        if capture is None or not (torch.is_grad_enabled() and output.requires_grad):
+            return None
+        x = args[0] if args else kwargs["input"]
+        with torch.no_grad():
+            sums = capture.summarize(self.index, x.detach())
+        recorded: Tensor = _Record.apply(output, capture, self.index, sums)  # type: ignore[no-untyped-call]
+        return recorded
+
+
+class _Record(torch.autograd.Function):
+    """
+    The identity, whose backward commits. The output is marked as modified in place and not copied or viewed: a view
+    would forbid in-place operations on it downstream, a copy would cost memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, capture: Capture, index: int, sums: tuple[Tensor, Tensor, int]) -> Tensor:
+        ctx.mark_dirty(output)
+        ctx.capture, ctx.index, ctx.sums = weakref.ref(capture), index, sums
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        capture = ctx.capture()
+        if capture is not None:
+            with torch.no_grad():
+                capture.commit(ctx.index, ctx.sums, grad)
+        return grad, None, None, None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

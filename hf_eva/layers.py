@@ -1,0 +1,155 @@
+"""
+The kinds of layer that can be preconditioned, and the few questions that the algorithm asks of each.
+
+A new kind is one subclass of [`LayerKind`] and one entry in [`KINDS`].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerKind:
+    """How a module computes `y = W x + b` over tokens. Subclasses override what differs from `nn.Linear`."""
+
+    name = "Linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this kind describes the module. Exact classes only: a subclass may compute something else."""
+        return type(module) is nn.Linear
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """Why a matching module cannot be preconditioned, or `None`."""
+        return None
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """`(d_out, d_in)`, bias not counted."""
+        rows, columns = _weight(module).shape
+        return rows, columns
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A view `(d_out, d_in)` of a tensor that is laid out as the module's weight."""
+        return tensor
+
+    def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        """`Σ x` of shape `(d_in,)`, `Σ ‖x‖²` and the number of tokens of an input as the module receives it."""
+        return x.reshape(-1, x.shape[-1]).sum(0, dtype=dtype), _squares(x, dtype), x.numel() // x.shape[-1]
+
+    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`Σ δ` of shape `(d_out,)` and `Σ ‖δ‖²` of the gradient at the module's output."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype), _squares(grad, dtype)
+
+
+class Conv1DKind(LayerKind):
+    """GPT-2's `Conv1D`: a Linear that stores its weight transposed, `(d_in, d_out)`."""
+
+    name = "Conv1D"
+
+    def matches(self, module: nn.Module) -> bool:
+        # Named, not imported: the optimizer must work where transformers is not installed.
+        return (type(module).__module__, type(module).__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        columns, rows = _weight(module).shape
+        return rows, columns
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.T
+
+
+class Conv2dKind(LayerKind):
+    """`nn.Conv2d` as a Linear over patches; its tokens are the output positions."""
+
+    name = "Conv2d"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module) is nn.Conv2d
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Conv2d)
+        return f"grouped convolution (groups={module.groups})" if module.groups != 1 else None
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        channels, *patch = _weight(module).shape
+        return channels, math.prod(patch)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.view(tensor.shape[0], -1)
+
+    def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        assert isinstance(module, nn.Conv2d)
+        if x.ndim == 3:
+            x = x.unsqueeze(0)
+        # Taking patches is linear, so the batch is summed first and only one image has to be unfolded.
+        sums, positions = self._patch_sums(module, x.sum(0, keepdim=True, dtype=dtype))
+        squares, _ = self._patch_sums(module, x.to(dtype).square().sum(0, keepdim=True))
+        return sums, squares.sum(), x.shape[0] * positions
+
+    def _patch_sums(self, module: nn.Conv2d, image: Tensor) -> tuple[Tensor, int]:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(image, self._padding(module), mode=mode)
+        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        return patches.sum(-1).squeeze(0), patches.shape[-1]
+
+    @staticmethod
+    def _padding(module: nn.Conv2d) -> list[int]:
+        """The module's padding in the order of `F.pad`: last axis first, before and after."""
+        if module.padding == "valid":
+            return [0, 0, 0, 0]
+        if module.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+        assert not isinstance(module.padding, str)
+        return [int(side) for side in reversed(module.padding) for _ in range(2)]
+
+    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        all_but_channels = (0, 2, 3) if grad.ndim == 4 else (1, 2)
+        return grad.sum(all_but_channels, dtype=dtype), _squares(grad, dtype)
+
+
+KINDS: tuple[LayerKind, ...] = (LayerKind(), Conv1DKind(), Conv2dKind())
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind that describes a module, or `None`."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A module that is preconditioned. Its parameters are asked for at each use, because sharding replaces them."""
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        return self.kind.shape(self.module)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight)
+
+
+def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm.square()

@@ -1,0 +1,312 @@
+"""`Eva`, a `torch.optim.Optimizer` for all parameters of a model: the order of a step, and its state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import base, formula
+from .capture import Capture, Statistics
+from .config import EvaConfig
+from .layers import Layer
+from .selection import Plan
+
+logger = logging.getLogger(__name__)
+
+
+class Eva(torch.optim.Optimizer):
+    """
+    Second-order training with vectors instead of matrices (Zhang, Shi and Li, ICLR 2023, arXiv 2308.02123).
+
+    The weights of the planned layers get a preconditioned update, all other parameters the plain base rule: AdamW with
+    the default config, SGD with momentum under [`EvaConfig.paper`]. Usually made by [`create_eva_optimizer`].
+
+    Args:
+        params (iterable of parameters or of parameter groups): all parameters to train, as for `torch.optim.AdamW`.
+        lr (`float`, defaults to 1e-3): learning rate, of the size that suits AdamW (or SGD, with base `"sgd"`).
+        betas, eps, weight_decay: as in `torch.optim.AdamW`. `betas` and `eps` concern AdamW's parameters only; weight
+            decay is decoupled with base `"adamw"` and coupled, after preconditioning, with base `"sgd"`.
+        plan ([`Plan`]): the layers to precondition, from [`plan`].
+        config ([`EvaConfig`], *optional*): defaults to the recipe, `EvaConfig()`.
+        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`.
+
+    Raises:
+        ValueError: a value is out of range, or a planned weight is not among `params`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        plan: Plan,
+        config: EvaConfig | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        for name, value, valid, expected in (
+            ("lr", lr, isinstance(lr, float | int) and lr >= 0, "a number in [0, inf)"),
+            ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+            ("eps", eps, eps >= 0, "in [0, inf)"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "in [0, inf)"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {expected}, got {value!r}.")
+        self.config = config or EvaConfig()
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**options, "foreach": foreach, "fused": fused})
+        self.plan = plan
+        self.layers = plan.layers if self.config.variant != "none" else ()
+        known = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        for layer in self.layers:
+            if id(layer.weight) not in known:
+                raise ValueError(
+                    f"The plan preconditions {layer.name!r}, whose weight is not among the parameters of the "
+                    "optimizer: give all parameters of the planned model, or exclude that layer from the plan."
+                )
+        self._capture: Capture | None = None
+        if self.layers and self.config.needs_inputs:
+            self._capture = Capture(plan.model, self.layers, self.config.needs_output_gradients)
+        self._warned: set[int] = set()
+
+    def detach(self) -> None:
+        """Remove the hooks from the model. Layers that depend on them get the plain base rule from then on."""
+        if self._capture is not None:
+            self._capture.detach()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._capture is not None:
+            self._capture.start_window()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """
+        One optimization step from the gradients in `.grad`, which it overwrites for the planned layers.
+
+        Args:
+            closure (callable, *optional*): reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a planned layer has a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layers = self._observe()
+        if self.config.base == "sgd":
+            self._sgd_step(layers)
+        else:
+            self._adamw_step(layers)
+        return loss
+
+    def _adamw_step(self, layers: Sequence[Layer]) -> None:
+        """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
+        config = self.config
+        updates = [_working_gradient(layer.weight) for layer in layers]
+        if layers:
+            buffers = [self._state_tensor(layer, "momentum_buffer", layer.weight.shape) for layer in layers]
+            base.momentum_(updates, buffers, config.momentum, config.nesterov)
+            self._precondition(layers, updates, [None] * len(layers))
+            formula.match_adamw_(updates)
+        by_weight = {id(layer.weight): update for layer, update in zip(layers, updates, strict=True)}
+        for group in self.param_groups:
+            present = [parameter for parameter in group["params"] if parameter.grad is not None]
+            planned = [parameter for parameter in present if id(parameter) in by_weight]
+            directions = [by_weight[id(parameter)] for parameter in planned]
+            others = [parameter for parameter in present if id(parameter) not in by_weight]
+            if planned:
+                base.decoupled_(planned, directions, group["lr"], group["weight_decay"])
+            if others:
+                base.adamw_(others, self.state, group)
+
+    def _sgd_step(self, layers: Sequence[Layer]) -> None:
+        """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
+        config = self.config
+        weights = [layer.weight for layer in layers]
+        biases = [_with_gradient(layer.bias) if config.includes_bias else None for layer in layers]
+        updates = [_working_gradient(weight) for weight in weights]
+        bias_updates = [None if bias is None else _working_gradient(bias) for bias in biases]
+        all_updates = updates + [update for update in bias_updates if update is not None]
+
+        norms = torch._foreach_norm(all_updates) if layers and config.kl_mode == "rescale" else []
+        inner = self._precondition(layers, updates, bias_updates)
+        if layers and config.kl_mode == "clip":
+            lrs = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
+            torch._foreach_mul_(
+                all_updates, formula.kl_factor(inner, [lrs[id(weight)] for weight in weights], config.kl_clip)
+            )
+        elif layers and config.kl_mode == "rescale":
+            torch._foreach_mul_(all_updates, formula.rescale_factor(norms, torch._foreach_norm(all_updates)))
+        for parameter, update in zip([*weights, *(b for b in biases if b is not None)], all_updates, strict=True):
+            if parameter.grad is not None and parameter.grad is not update:  # computed on a copy in higher precision
+                parameter.grad.copy_(update)
+        for group in self.param_groups:
+            present = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if present:
+                base.sgd_(present, self.state, group, config.momentum, config.nesterov)
+
+    def _observe(self) -> list[Layer]:
+        """Bring the running averages up to date; returns the layers that this step preconditions."""
+        statistics = self._capture.collect() if self._capture is not None else [None] * len(self.layers)
+        active = []
+        for index, (layer, values) in enumerate(zip(self.layers, statistics, strict=True)):
+            grad = layer.weight.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(f"Layer {layer.name!r} has a sparse gradient: exclude it from the plan.")
+            if values is not None:
+                self._observe_tokens(layer, values)
+                if self._was_called(index, layer):
+                    active.append(layer)
+            else:
+                self._observe_gradient(layer, _working_gradient(layer.weight))
+                active.append(layer)
+        return active
+
+    def _observe_tokens(self, layer: Layer, values: Statistics) -> None:
+        """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
+        g_scale = values.tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else 1.0
+        new = {"eva_a": values.a, "eva_a_square": values.a_square}
+        if self.config.needs_output_gradients:
+            new |= {"eva_g": values.g * g_scale, "eva_g_square": values.g_square * g_scale**2}
+        valid = (values.tokens > 0) & values.a_square.isfinite() & values.g_square.isfinite()
+        weight = self._average_weight(layer, valid)
+        averages = [self._state_tensor(layer, key, value.shape) for key, value in new.items()]
+        formula.update_averages_(averages, list(new.values()), [weight] * len(new))
+
+    def _observe_gradient(self, layer: Layer, grad: Tensor) -> None:
+        """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
+        square = torch.linalg.vector_norm(grad).square()
+        weight = self._average_weight(layer, (square > 0) & square.isfinite())
+        if self.config.curvature == "joint":
+            means = formula.axis_means(grad)
+            averages = [self._state_tensor(layer, f"eva_v{i}", mean.shape) for i, mean in enumerate(means)]
+            formula.update_averages_(averages, means, [weight] * len(means))
+            return
+        matrix = layer.kind.matrix(grad)
+        outputs, inputs = self._bases(layer)
+        images = [
+            matrix.mm(matrix.T.mm(formula.unit_columns(outputs))),
+            matrix.T.mm(matrix.mm(formula.unit_columns(inputs))),
+        ]
+        trace = self._state_tensor(layer, "eva_trace", ())
+        formula.update_averages_([trace], [square], [weight])
+        formula.update_bases_([outputs, inputs], images, [weight, weight])
+
+    def _precondition(
+        self, layers: Sequence[Layer], grads: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer for the joint forms, which bound it."""
+        config = self.config
+        relative = config.damping_mode == "relative"
+        states = [self.state[layer.weight] for layer in layers]
+        matrices = [layer.kind.matrix(grad) for layer, grad in zip(layers, grads, strict=True)]
+        if config.curvature == "factored":
+            outputs = [self._factor(layer, "eva_g") for layer in layers]
+            inputs = [self._factor(layer, "eva_a") for layer in layers]
+            before = [matrix.clone() for matrix in matrices] if config.kl_mode == "clip" else []
+            formula.factored_(matrices, outputs, inputs)
+            return [torch.sum(p * g) for p, g in zip(matrices, before, strict=False)]
+        if config.variant == "eva":
+            a, g = [state["eva_a"] for state in states], [state["eva_g"] for state in states]
+            return formula.eva_(matrices, biases, a, g, config.damping, relative)
+        if config.variant == "eva_f":
+            return formula.eva_f_(matrices, biases, [state["eva_a"] for state in states], config.damping, relative)
+        vectors = [[state[f"eva_v{i}"] for i in range(g.ndim)] for state, g in zip(states, grads, strict=True)]
+        return formula.eva_s_(grads, vectors, config.damping, relative)
+
+    def _factor(self, layer: Layer, side: str) -> tuple[Tensor, Tensor] | None:
+        """One side's factor to the power `-exponent`, or `None` where the variant has no such side."""
+        state = self.state[layer.weight]
+        if side not in state:
+            return None
+        if self.config.variant == "eva_s":
+            basis, trace = state[side], state["eva_trace"]
+        else:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
+            basis = (state[side] * torch.linalg.vector_norm(state[side])).unsqueeze(1)
+            trace = state[f"{side}_square"]
+        config = self.config
+        return formula.factor_power(basis, trace, config.damping, config.damping_mode == "relative", config.exponent)
+
+    def _bases(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The subspaces of a layer's output side and input side; random before the first gradient."""
+        state, like = self.state[layer.weight], _working_gradient(layer.weight)
+        for key, dimension in zip(("eva_g", "eva_a"), layer.shape, strict=True):
+            if key not in state:
+                state[key] = formula.initial_basis(dimension, self.config.rank, like)
+        return state["eva_g"], state["eva_a"]
+
+    def _average_weight(self, layer: Layer, valid: Tensor) -> Tensor:
+        """Weight of a new value: 1 for a layer's first valid one, `decay` for later ones, 0 for an invalid one."""
+        updates = self._state_tensor(layer, "eva_updates", ())
+        weight = torch.where(updates > 0, self.config.decay, 1.0) * valid
+        updates.add_(valid)
+        return weight
+
+    def _state_tensor(self, layer: Layer, key: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of a layer's state, made of zeros at its first use and never in lower precision than float32."""
+        state, weight = self.state[layer.weight], layer.weight
+        if key not in state:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            state[key] = torch.zeros(shape, dtype=dtype, device=weight.device)
+        return state[key]
+
+    def _was_called(self, index: int, layer: Layer) -> bool:
+        """Whether there are statistics for a layer: some models use a weight without calling its module."""
+        assert self._capture is not None
+        # The read of a device value happens only where this process never called the layer: another one may have.
+        if index in self._capture.called or bool(self.state[layer.weight]["eva_updates"] > 0):
+            return True
+        if index not in self._warned:
+            self._warned.add(index)
+            logger.warning(
+                "The model uses the weight of layer %r without calling the layer, so that there are no statistics of "
+                "its inputs: it gets the plain base rule. Exclude it, or use variant 'eva_s'.",
+                layer.name,
+            )
+        return False
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in `torch.optim.Optimizer`, but statistics and momentum keep their precision in a low-precision model."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        planned = {id(layer.weight) for layer in self.layers}
+        for parameter, index in zip(parameters, indices, strict=True):
+            if id(parameter) in planned:
+                for key, value in state_dict["state"].get(index, {}).items():
+                    # torch casts floating state to the parameter's dtype, which would lose bits under bf16
+                    self.state[parameter][key] = value.to(device=parameter.device, copy=True)
+        if self._capture is not None:
+            self._capture.start_window()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
+
+
+def _working_gradient(parameter: Tensor) -> Tensor:
+    """The gradient itself in float32 or float64, a float32 copy of it in a lower precision; contiguous."""
+    grad = parameter.grad
+    assert grad is not None
+    if not grad.is_contiguous():  # a convolution in channels-last memory; its matrix must be a view
+        grad = parameter.grad = grad.contiguous()
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+
+def _with_gradient(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return parameter if parameter is not None and parameter.grad is not None else None

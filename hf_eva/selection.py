@@ -1,0 +1,298 @@
+"""Which layers of a model are preconditioned, and for each other layer the reason why not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from .config import EvaConfig
+from .layers import Layer, LayerKind, kind_of
+
+Filter = str | Sequence[str]
+
+_NORM = re.compile(r"(Layer|RMS|Batch|Group|Instance|Local)?Norm(1d|2d|3d)?$|Norm", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One module that owns parameters. `reason` is empty where the module's weight is preconditioned."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+    state_bytes: int
+    adamw_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What [`plan`] found: `layers` are preconditioned, `rows` describe every module that owns parameters. Printing it
+    gives a table in which the repeated layers of a stack share a line.
+    """
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state of the whole model."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def adamw_bytes(self) -> int:
+        """Bytes of state that `torch.optim.AdamW` keeps for the same parameters."""
+        return sum(row.adamw_bytes for row in self.rows)
+
+    def summary(self) -> str:
+        """One sentence: how many layers, what share of the trainable parameters, and the state against AdamW's."""
+        weights = sum(layer.weight.numel() for layer in self.layers)
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return (
+            f"{len(self.layers)} layers preconditioned, {_ratio(weights, trainable)} of {trainable:,} trainable "
+            f"parameters; optimizer state {_megabytes(self.state_bytes)}, "
+            f"{_ratio(self.state_bytes, self.adamw_bytes)} of AdamW's {_megabytes(self.adamw_bytes)}"
+        )
+
+    def __str__(self) -> str:
+        table = [("layer", "kind", "shape", "preconditioned", "state", "of AdamW's")]
+        for rows in _stacked(self.rows):
+            first, count = rows[0], len(rows)
+            state, adamw = sum(row.state_bytes for row in rows), sum(row.adamw_bytes for row in rows)
+            table.append(
+                (
+                    _joined_name([row.name for row in rows]) + (f"  (×{count})" if count > 1 else ""),
+                    first.kind,
+                    "×".join(map(str, first.shape)),
+                    f"no: {first.reason}" if first.reason else "yes",
+                    _megabytes(state) if state else "-",
+                    _ratio(state, adamw) if state else "-",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], self.summary()])
+
+
+def plan(
+    model: nn.Module,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    config: EvaConfig | None = None,
+) -> Plan:
+    """
+    Choose the layers to precondition, by structure and not by name.
+
+    In: `nn.Linear`, GPT-2's `Conv1D` and ungrouped `nn.Conv2d` whose weight is trained, LoRA's matrices among them.
+    Out: embeddings, norms, output embeddings (tied or not), frozen and quantized weights, subclasses of the three.
+
+    Args:
+        model (`nn.Module`): the model; it may be on the meta device.
+        include (`str` or list of `str`, *optional*): the only modules to precondition, in the sense of Trainer's
+            `optim_target_modules`: a string is a regular expression for the whole module name, each entry of a list a
+            name, a part of one or a regular expression, and `"all-linear"` stands for every linear layer. What is
+            named here is taken even where it is an untied output embedding.
+        exclude (`str` or list of `str`, *optional*): modules to leave out, in the same sense.
+        config (`EvaConfig`, *optional*): decides the bytes of state in the table.
+
+    Raises:
+        ValueError: a filter matches no linear layer (near misses are named), or no layer is left to precondition.
+    """
+    config = config or EvaConfig()
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=True) if name or _owned(module)}
+    candidates = {name: kind for name, module in modules.items() if (kind := kind_of(module)) is not None}
+    included = _matcher(include, candidates, "include")
+    excluded = _matcher(exclude, candidates, "exclude")
+    shared = _shared_weights(modules)
+    outputs = set() if include is not None else _output_embeddings(modules)
+
+    layers, rows, counted = [], [], set[int]()
+    for name, module in modules.items():
+        owned = _owned(module)
+        if not owned:
+            continue
+        kind = candidates.get(name)
+        if kind is None:
+            reason = _not_linear(module)
+        elif id(module) in outputs:
+            reason = "output embedding"
+        else:
+            reason = _not_taken(name, module, kind, shared, included, excluded)
+        if config.variant == "none" and not reason:
+            reason = "variant 'none' switches preconditioning off"
+        layer = None
+        if kind is not None and not reason:
+            layer = Layer(name, module, kind)
+            layers.append(layer)
+        fresh = {id(p): p for p in owned.values() if p.requires_grad and id(p) not in counted}
+        counted.update(fresh)
+        weight = owned.get("weight", next(iter(owned.values())))
+        rows.append(
+            PlanRow(
+                name=name or "(model)",
+                kind=kind.name if kind else type(module).__name__,
+                shape=layer.shape if layer else tuple(weight.shape),
+                reason=reason,
+                state_bytes=sum(_state_bytes(p, layer, config) for p in fresh.values()),
+                adamw_bytes=sum(_adamw_bytes(p) for p in fresh.values()),
+            )
+        )
+    if not layers and config.variant != "none":
+        reasons = "; ".join(sorted({row.reason for row in rows})) or "it has no parameters"
+        raise ValueError(
+            f"{type(model).__name__} has no layer to precondition ({reasons}). Eva needs a trainable nn.Linear, "
+            "Conv1D or Conv2d; for other models use torch.optim.AdamW."
+        )
+    return Plan(model, tuple(layers), tuple(rows))
+
+
+def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False))
+
+
+def _not_linear(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if _NORM.search(type(module).__name__):
+        return "norm"
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return f"{type(module).__name__} is a subclass of a layer that is known"
+    return "not a linear layer"
+
+
+def _not_taken(
+    name: str,
+    module: nn.Module,
+    kind: LayerKind,
+    shared: dict[int, list[str]],
+    included: Callable[[str], bool],
+    excluded: Callable[[str], bool],
+) -> str:
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed from other parameters"
+    if not (weight.is_floating_point() and weight.dtype.itemsize >= 2):
+        return f"quantized ({str(weight.dtype).removeprefix('torch.')})"
+    if not weight.requires_grad:
+        return "frozen"
+    others = [other for other in shared[id(weight)] if other != name]
+    if others:
+        return f"shares its weight with {others[0]}"
+    if excluded(name):
+        return "excluded"
+    if not included(name):
+        return "not included"
+    return kind.unsupported(module) or ""
+
+
+def _shared_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """The names of the modules that own each parameter, by the parameter's id: two owners mean tied weights."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _output_embeddings(modules: dict[str, nn.Module]) -> set[int]:
+    """The ids of the modules that models call their output embeddings; a wrapper may answer like its inner model."""
+    found = set()
+    for module in modules.values():
+        get_output_embeddings = getattr(module, "get_output_embeddings", None)
+        if callable(get_output_embeddings):
+            with suppress(NotImplementedError):  # what models without a vocabulary may answer
+                found.add(id(get_output_embeddings()))
+    return found
+
+
+def _matcher(wanted: Filter | None, candidates: dict[str, LayerKind], role: str) -> Callable[[str], bool]:
+    """The filter as a predicate on module names, checked against the layers that there are."""
+    if wanted is None:
+        return lambda name: role == "include"
+    if isinstance(wanted, str) and wanted.replace("_", "-") == "all-linear":
+        return lambda name: True
+    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(f"{role}={wanted!r} is not a regular expression: {error}.") from None
+
+    def matches(name: str) -> bool:
+        by_part = not isinstance(wanted, str) and any(pattern in name for pattern in patterns)
+        return by_part or any(pattern.fullmatch(name) for pattern in compiled)
+
+    if not any(map(matches, candidates)):
+        near = [
+            name
+            for pattern in patterns
+            for name in candidates
+            if difflib.get_close_matches(pattern, [name, name.rpartition(".")[2]], n=1)
+        ]
+        examples = (near or list(candidates))[:3]
+        raise ValueError(
+            f"{role}={wanted!r} matches no linear layer of the model"
+            + (f": {'near misses are' if near else 'there are'} {', '.join(examples)}." if examples else ".")
+        )
+    return matches
+
+
+def _adamw_bytes(parameter: nn.Parameter) -> int:
+    return 2 * parameter.numel() * parameter.element_size()
+
+
+def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig) -> int:
+    """Bytes of the tensors that [`Eva`] keeps for a parameter; scalars are not counted, as in `_adamw_bytes`."""
+    if layer is None or parameter is not layer.weight:
+        copies = 2 if config.base == "adamw" else int(config.momentum > 0)
+        return copies * parameter.numel() * parameter.element_size()
+    size = torch.promote_types(parameter.dtype, torch.float32).itemsize
+    d_out, d_in = layer.shape
+    momentum = parameter.numel() if config.base == "adamw" or config.momentum > 0 else 0
+    if config.variant == "eva_s" and config.curvature == "joint":
+        vectors = sum(parameter.shape)
+    else:
+        vectors = d_in * min(config.rank, d_in)
+        vectors += d_out * min(config.rank, d_out) if config.variant != "eva_f" else 0
+    return (momentum + vectors) * size
+
+
+def _stacked(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:
+    """Rows that differ in the numbers of their names only, together, in the order of the first of each."""
+    order: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        order.setdefault(_stack_key(row), len(order))
+    ordered = sorted(rows, key=lambda row: order[_stack_key(row)])
+    for _, group in groupby(ordered, key=_stack_key):
+        yield list(group)
+
+
+def _stack_key(row: PlanRow) -> tuple[object, ...]:
+    return re.sub(r"\d+", "#", row.name), row.kind, row.shape, row.reason
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """`layer.0.query`, `layer.1.query`, … as `layer.{0-1}.query`."""
+    columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    return "".join(
+        column[0] if len(set(column)) == 1 else f"{{{min(map(int, column))}-{max(map(int, column))}}}"
+        for column in columns
+    )
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

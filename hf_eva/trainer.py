@@ -1,0 +1,149 @@
+"""`EvaTrainer`: the stock Trainer with Eva, its times in the logs and in the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from transformers import Trainer, TrainingArguments
+
+from .callbacks import EvaCallback
+from .config import PRESETS, EvaConfig, parse_options
+from .model_card import add_training_section
+from .registration import NAME, eva_class_and_kwargs
+
+
+def _flags() -> type:
+    """One optional argument `eva_<field>` for every field of [`EvaConfig`]; `None` stands for the preset's value."""
+    types, help_texts = get_type_hints(EvaConfig), EvaConfig.help()
+    return dataclasses.make_dataclass(
+        "_Flags",
+        [
+            (
+                f"eva_{f.name}",
+                types[f.name] | None,
+                field(default=None, metadata={"help": f"{help_texts[f.name]} Recipe: {f.default}."}),
+            )
+            for f in dataclasses.fields(EvaConfig)
+        ],
+    )
+
+
+@dataclass
+class EvaTrainingArguments(_flags(), TrainingArguments):  # type: ignore[misc]
+    """
+    `TrainingArguments` with `optim="eva"` and an argument `eva_<field>` for every field of [`EvaConfig`]. Every other
+    `optim` works as in `TrainingArguments`. Layers are chosen with `optim_target_modules` and `eva_exclude`.
+
+    Raises:
+        ValueError: an option of Eva is unknown or out of range.
+    """
+
+    optim: str = field(
+        default=NAME,
+        metadata={"help": "The optimizer: 'eva', or any optimizer of TrainingArguments, such as 'adamw_torch_fused'."},
+    )
+    eva_preset: Literal[PRESETS] = field(  # type: ignore[valid-type]
+        default="recipe",
+        metadata={"help": "What the eva options start from: the recipe for transformers or a published algorithm."},
+    )
+    eva_exclude: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers not to precondition, as names, parts of names or regular expressions."},
+    )
+
+    def __post_init__(self) -> None:
+        with self._stock_optim():
+            super().__post_init__()
+        if self.optim == NAME:
+            self.eva_config  # noqa: B018  raises here, and not when the training starts
+
+    @property
+    def eva_config(self) -> EvaConfig | None:
+        """The config that `eva_preset`, `optim_args` and `eva_*` describe; `None` for other optimizers."""
+        if self.optim != NAME:
+            return None
+        flags = {f.name: getattr(self, f"eva_{f.name}") for f in dataclasses.fields(EvaConfig)}
+        given = {name: value for name, value in flags.items() if value is not None}
+        return EvaConfig.from_options({"preset": self.eva_preset, **parse_options(self.optim_args or ""), **given})
+
+    def set_optimizer(self, name: str = NAME, **kwargs: Any) -> EvaTrainingArguments:
+        with self._stock_optim(name):
+            super().set_optimizer(self.optim, **kwargs)
+        return self
+
+    @contextmanager
+    def _stock_optim(self, name: str | None = None) -> Iterator[None]:
+        """Hide the name that the stock class does not know while it checks all others."""
+        self.optim = self.optim if name is None else name
+        is_eva = self.optim == NAME
+        if is_eva:
+            self.optim = "adamw_torch"
+        yield
+        if is_eva:
+            self.optim = NAME
+
+
+# Any trainer of transformers or built on it stands here at run time.
+_AnyTrainer: Any = object
+
+
+class EvaTrainerMixin(_AnyTrainer):
+    """
+    What makes an [`EvaTrainer`] of any trainer: `class MySFTTrainer(EvaTrainerMixin, SFTTrainer): ...`.
+
+    It creates the optimizer where `args.optim` is `"eva"`, logs the time per step and the optimizer's share of it,
+    and adds the section "Training time" to the model card, also for other optimizers.
+    """
+
+    model_accepts_loss_kwargs: bool  # an attribute of Trainer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(EvaCallback())
+        if self.model_accepts_loss_kwargs and _ignores_item_count(self.accelerator.unwrap_model(self.model)):
+            # Trainer takes every forward with **kwargs for one that divides its loss by the number of items in the
+            # whole batch. For one that does not, it would leave gradients too large by the number of accumulated
+            # batches and of processes.
+            self.model_accepts_loss_kwargs = False
+
+    @classmethod
+    def get_optimizer_cls_and_kwargs(cls, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        if args.optim == NAME:
+            return eva_class_and_kwargs(args, model)
+        optimizer: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
+        return optimizer
+
+    @property
+    def eva_callback(self) -> EvaCallback:
+        """The callback that times this trainer."""
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, EvaCallback))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self.eva_callback.interval())
+        elif "train_runtime" in logs:
+            logs.update(self.eva_callback.summary())
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_training_section(Path(self.args.output_dir) / "README.md", self)
+
+
+class EvaTrainer(EvaTrainerMixin, Trainer):
+    """The stock `Trainer`, with the same arguments, whose `optim` may be `"eva"`; see [`EvaTrainerMixin`]."""
+
+
+def _ignores_item_count(model: Any) -> bool:
+    """Whether a transformers model computes its loss by itself and not by `loss_function`, which counts items."""
+    if not hasattr(model, "loss_function"):
+        return False
+    forward = inspect.unwrap(type(model).forward)
+    return "loss_function" not in forward.__code__.co_names
