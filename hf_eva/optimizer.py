@@ -106,17 +106,16 @@ class Eva(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers = self._observe()
+        layers, updates = self._observe()
         if self.config.base == "sgd":
-            self._sgd_step(layers)
+            self._sgd_step(layers, updates)
         else:
-            self._adamw_step(layers)
+            self._adamw_step(layers, updates)
         return loss
 
-    def _adamw_step(self, layers: Sequence[Layer]) -> None:
+    def _adamw_step(self, layers: Sequence[Layer], updates: Sequence[Tensor]) -> None:
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
         config = self.config
-        updates = [_working_gradient(layer.weight) for layer in layers]
         if layers:
             buffers = [self._state_tensor(layer, "momentum_buffer", layer.weight.shape) for layer in layers]
             base.momentum_(updates, buffers, config.momentum, config.nesterov)
@@ -133,14 +132,13 @@ class Eva(torch.optim.Optimizer):
             if others:
                 base.adamw_(others, self.state, group)
 
-    def _sgd_step(self, layers: Sequence[Layer]) -> None:
+    def _sgd_step(self, layers: Sequence[Layer], updates: Sequence[Tensor]) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
         config = self.config
         weights = [layer.weight for layer in layers]
         biases = [_with_gradient(layer.bias) if config.includes_bias else None for layer in layers]
-        updates = [_working_gradient(weight) for weight in weights]
         bias_updates = [None if bias is None else _working_gradient(bias) for bias in biases]
-        all_updates = updates + [update for update in bias_updates if update is not None]
+        all_updates = [*updates, *(update for update in bias_updates if update is not None)]
 
         norms = torch._foreach_norm(all_updates) if layers and config.kl_mode == "rescale" else []
         inner = self._precondition(layers, updates, bias_updates)
@@ -159,10 +157,10 @@ class Eva(torch.optim.Optimizer):
             if present:
                 base.sgd_(present, self.state, group, config.momentum, config.nesterov)
 
-    def _observe(self) -> list[Layer]:
-        """Bring the running averages up to date; returns the layers that this step preconditions."""
+    def _observe(self) -> tuple[list[Layer], list[Tensor]]:
+        """Bring the running averages up to date; returns the layers that this step preconditions, with gradients."""
         statistics = self._capture.collect() if self._capture is not None else [None] * len(self.layers)
-        active = []
+        layers, gradients = [], []
         for index, (layer, values) in enumerate(zip(self.layers, statistics, strict=True)):
             grad = layer.weight.grad
             if grad is None:
@@ -171,12 +169,14 @@ class Eva(torch.optim.Optimizer):
                 raise RuntimeError(f"Layer {layer.name!r} has a sparse gradient: exclude it from the plan.")
             if values is not None:
                 self._observe_tokens(layer, values)
-                if self._was_called(index, layer):
-                    active.append(layer)
-            else:
-                self._observe_gradient(layer, _working_gradient(layer.weight))
-                active.append(layer)
-        return active
+                if not self._was_called(index, layer):
+                    continue
+            gradient = _working_gradient(layer.weight)
+            if values is None:
+                self._observe_gradient(layer, gradient)
+            layers.append(layer)
+            gradients.append(gradient)
+        return layers, gradients
 
     def _observe_tokens(self, layer: Layer, values: Statistics) -> None:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
@@ -189,17 +189,17 @@ class Eva(torch.optim.Optimizer):
         averages = [self._state_tensor(layer, key, value.shape) for key, value in new.items()]
         formula.update_averages_(averages, list(new.values()), [weight] * len(new))
 
-    def _observe_gradient(self, layer: Layer, grad: Tensor) -> None:
+    def _observe_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
-        square = torch.linalg.vector_norm(grad).square()
+        square = torch.linalg.vector_norm(gradient).square()
         weight = self._average_weight(layer, (square > 0) & square.isfinite())
         if self.config.curvature == "joint":
-            means = formula.axis_means(grad)
+            means = formula.axis_means(gradient)
             averages = [self._state_tensor(layer, f"eva_v{i}", mean.shape) for i, mean in enumerate(means)]
             formula.update_averages_(averages, means, [weight] * len(means))
             return
-        matrix = layer.kind.matrix(grad)
-        outputs, inputs = self._bases(layer)
+        matrix = layer.kind.matrix(gradient)
+        outputs, inputs = self._bases(layer, gradient)
         images = [
             matrix.mm(matrix.T.mm(formula.unit_columns(outputs))),
             matrix.T.mm(matrix.mm(formula.unit_columns(inputs))),
@@ -243,9 +243,9 @@ class Eva(torch.optim.Optimizer):
         config = self.config
         return formula.factor_power(basis, trace, config.damping, config.damping_mode == "relative", config.exponent)
 
-    def _bases(self, layer: Layer) -> tuple[Tensor, Tensor]:
+    def _bases(self, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
         """The subspaces of a layer's output side and input side; random before the first gradient."""
-        state, like = self.state[layer.weight], _working_gradient(layer.weight)
+        state = self.state[layer.weight]
         for key, dimension in zip(("eva_g", "eva_a"), layer.shape, strict=True):
             if key not in state:
                 state[key] = formula.initial_basis(dimension, self.config.rank, like)

@@ -1,0 +1,85 @@
+"""`optim="eva"` in the stock Trainer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_training import arguments, data, model, stock_arguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_eva import Eva, EvaConfig, EvaTrainer, register, unregister
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+    yield
+    unregister()
+
+
+def test_the_stock_parser_knows_the_name(tmp_path):
+    parser = HfArgumentParser(TrainingArguments)
+    assert "eva" in next(action for action in parser._actions if action.dest == "optim").choices
+    command = ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "eva"]
+    (args,) = parser.parse_args_into_dataclasses(command)
+    assert type(args.optim) is str and args.optim == "eva"
+
+
+def test_the_stock_trainer_trains_with_it(tmp_path):
+    args = stock_arguments(
+        tmp_path, optim="eva", optim_args="rank=2, damping=0.1", optim_target_modules=["dense"], weight_decay=0.1
+    )
+    trainer = Trainer(model(), args, train_dataset=data())
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, Eva) and optimizer.config == EvaConfig(rank=2, damping=0.1)
+    assert all("dense" in layer.name for layer in optimizer.layers)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+
+
+def test_it_trains_as_eva_trainer_does(tmp_path):
+    weights = []
+    for cls, make in ((EvaTrainer, arguments), (Trainer, stock_arguments)):
+        trainer = cls(model(), make(tmp_path, optim="eva", optim_args="rank=2"), train_dataset=data())
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim_args": "dampin=0.1"}, "Unknown Eva option 'dampin': did you mean 'damping'"),
+        ({"optim_args": "rank=x"}, "rank must be a whole number, got 'x'"),
+        ({"optim_target_modules": ["queri"]}, "matches no linear layer of the model: near misses are .*query"),
+    ],
+)
+def test_bad_options_are_refused_before_training(tmp_path, changes, message):
+    trainer = Trainer(model(), stock_arguments(tmp_path, optim="eva", **changes), train_dataset=data())
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_registering_twice_changes_nothing_and_unregistering_takes_it_back(tmp_path):
+    names, post_init = list(OptimizerNames), TrainingArguments.__post_init__
+    register()
+    assert list(OptimizerNames) == names and TrainingArguments.__post_init__ is post_init
+    unregister()
+    unregister()
+    assert "eva" not in {member.value for member in OptimizerNames}
+    with pytest.raises(ValueError, match="eva is not a valid OptimizerNames"):
+        stock_arguments(tmp_path, optim="eva")
+
+
+def test_saved_arguments_load_where_eva_is_not_registered(tmp_path):
+    torch.save(stock_arguments(tmp_path, optim="eva"), tmp_path / "training_args.bin")
+    code = (
+        "import sys, torch; sys.modules['hf_eva'] = None; "
+        f"print(torch.load({str(tmp_path / 'training_args.bin')!r}, weights_only=False).optim)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "eva"
