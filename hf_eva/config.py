@@ -204,7 +204,7 @@ class EvaConfig:
     @property
     def includes_bias(self) -> bool:
         """Whether a layer's bias is preconditioned together with its weight, as its last column."""
-        return self.base == "sgd" and self.needs_inputs
+        return self.base == "sgd" and self.curvature == "joint" and self.needs_inputs
 
 
 def parse_options(text: str) -> dict[str, str]:

@@ -77,9 +77,10 @@ class Eva(torch.optim.Optimizer):
         self._warned: set[int] = set()
 
     def detach(self) -> None:
-        """Remove the hooks from the model. Layers that depend on them get the plain base rule from then on."""
+        """Remove the hooks from the model. Where there were any, all layers get the plain base rule from then on."""
         if self._capture is not None:
             self._capture.detach()
+            self._capture, self.layers = None, ()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -291,7 +292,8 @@ class Eva(torch.optim.Optimizer):
             if id(parameter) in planned:
                 for key, value in state_dict["state"].get(index, {}).items():
                     # torch casts floating state to the parameter's dtype, which would lose bits under bf16
-                    self.state[parameter][key] = value.to(device=parameter.device, copy=True)
+                    if key != "step":
+                        self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         if self._capture is not None:
             self._capture.start_window()
 

@@ -253,18 +253,18 @@ def _adamw_bytes(parameter: nn.Parameter) -> int:
 
 def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig) -> int:
     """Bytes of the tensors that [`Eva`] keeps for a parameter; scalars are not counted, as in `_adamw_bytes`."""
+    copy = parameter.numel() * parameter.element_size()
     if layer is None or parameter is not layer.weight:
-        copies = 2 if config.base == "adamw" else int(config.momentum > 0)
-        return copies * parameter.numel() * parameter.element_size()
+        return 2 * copy if config.base == "adamw" else copy * (config.momentum > 0)
     size = torch.promote_types(parameter.dtype, torch.float32).itemsize
+    momentum = parameter.numel() * size if config.base == "adamw" else copy * (config.momentum > 0)
     d_out, d_in = layer.shape
-    momentum = parameter.numel() if config.base == "adamw" or config.momentum > 0 else 0
     if config.variant == "eva_s" and config.curvature == "joint":
         vectors = sum(parameter.shape)
     else:
         vectors = d_in * min(config.rank, d_in)
         vectors += d_out * min(config.rank, d_out) if config.variant != "eva_f" else 0
-    return (momentum + vectors) * size
+    return momentum + vectors * size
 
 
 def _stacked(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:
