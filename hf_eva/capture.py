@@ -13,7 +13,7 @@ away without a step (an overflow under fp16) ends when the next forward pass fin
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import sum_over_processes_
-from .layers import Layer
+from .layers import Layer, LayerKind
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,17 @@ class Capture:
         self._sizes: list[list[int]] = []
         for layer in self.layers:
             d_out, d_in = layer.shape
-            self._sizes.append([1, d_in, 1, d_out, 1])  # the order of Statistics
-            if any(isinstance(hook, _LayerHook) and hook.capture() for hook in layer.module._forward_hooks.values()):
+            self._sizes.append([1, d_in, 1, d_out, 1])  # in the order of Statistics
+            if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values()):
                 raise ValueError(
                     f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
                 )
         self._starts = [0, *accumulate(map(sum, self._sizes))]
-        handles: list[RemovableHandle] = [model.register_forward_pre_hook(_RootHook(self))]
+        handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self, _before_forward))]
         for index, layer in enumerate(self.layers):
-            handles.append(layer.module.register_forward_hook(_LayerHook(self, index), with_kwargs=True))
+            # First of all hooks, so that what others keep of the output is what the rest of the model gets.
+            hook = _Hook(self, _after_layer, index)
+            handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._finalizer = weakref.finalize(self, _remove, handles)
 
     def detach(self) -> None:
@@ -96,26 +98,9 @@ class Capture:
         buffer.zero_()
         return statistics
 
-    def summarize(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The sums over one call's input that `commit` adds when the backward pass confirms the call."""
-        layer = self.layers[index]
-        self.called.add(index)
-        return layer.kind.input_sums(layer.module, x, _statistics_dtype(layer))
-
-    def commit(self, index: int, input_sums: tuple[Tensor, Tensor, int], grad: Tensor) -> None:
-        """Add one call's sums to the buffer."""
-        sizes = self._sizes[index]
-        slot = self._allocated(grad.device).narrow(0, self._starts[index], sum(sizes))
-        tokens, a, a_square, g, g_square = slot.split(sizes)
-        x_sum, x_square, count = input_sums
-        tokens.add_(count)
-        a.add_(x_sum.to(a.device))
-        a_square.add_(x_square.to(a.device))
-        if self.with_output_gradients:
-            layer = self.layers[index]
-            delta_sum, delta_square = layer.kind.output_gradient_sums(grad, _statistics_dtype(layer))
-            g.add_(delta_sum.to(g.device))
-            g_square.add_(delta_square.to(g.device))
+    def slot(self, index: int, device: torch.device) -> Tensor:
+        """The part of the buffer that belongs to a layer."""
+        return self._allocated(device).narrow(0, self._starts[index], sum(self._sizes[index]))
 
     def _allocated(self, device: torch.device) -> Tensor:
         """The buffer; allocated late, because models are moved between the making of the optimizer and training."""
@@ -129,11 +114,25 @@ def _statistics_dtype(layer: Layer) -> torch.dtype:
     return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
+# Compiled, the additions in the backward pass would be lost: the hooks run as they are, between compiled graphs.
+_not_compiled: Any = torch.compiler.disable
+
+
 class _Hook:
     """A hook that knows its capture by weak reference; a copied or unpickled model gets one that does nothing."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, function: Callable[..., Any], *args: Any) -> None:
         self.capture = weakref.ref(capture)
+        self.args = args
+        # In a compiled graph the additions of the backward pass would be lost: hooks run between such graphs. Wrapped
+        # here and not where the function is defined, because it makes torch import its compiler, which takes seconds.
+        self.function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture()
+        if capture is None or not torch.is_grad_enabled():
+            return None
+        return self.function(capture, *self.args, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unhooked, ()
@@ -147,51 +146,51 @@ def _no_operation(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-class _RootHook(_Hook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        capture = self.capture()
-        if capture is None or not torch.is_grad_enabled():
-            return
-        # Inside a backward pass (checkpointing around the whole model) gradients can be missing without a new window.
-        outside_backward = torch._C._current_graph_task_id() == -1
-        if outside_backward and all(layer.weight.grad is None for layer in capture.layers):
-            capture.start_window()
+def _before_forward(capture: Capture, module: nn.Module, args: Any) -> None:
+    # Inside a backward pass (checkpointing around the whole model) gradients can be missing without a new window.
+    outside_backward = torch._C._current_graph_task_id() == -1
+    if outside_backward and all(layer.weight.grad is None for layer in capture.layers):
+        capture.start_window()
 
 
-class _LayerHook(_Hook):
-    def __init__(self, capture: Capture, index: int) -> None:
-        super().__init__(capture)
-        self.index = index
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        capture = self.capture()
-        if capture is None or not (torch.is_grad_enabled() and output.requires_grad):
-            return None
-        x = args[0] if args else kwargs["input"]
-        with torch.no_grad():
-            sums = capture.summarize(self.index, x.detach())
-        recorded: Tensor = _Record.apply(output, capture, self.index, sums)  # type: ignore[no-untyped-call]
-        return recorded
+def _after_layer(
+    capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> Tensor | None:
+    if not output.requires_grad:
+        return None
+    layer = capture.layers[index]
+    dtype = _statistics_dtype(layer)
+    capture.called.add(index)
+    with torch.no_grad():
+        x = args[0] if args else next(iter(kwargs.values()))
+        x_sum, x_square, tokens = layer.kind.input_sums(module, x.detach(), dtype)
+        sums = torch.cat([x_sum.new_full((1,), tokens), x_sum, x_square.view(1)])
+    kind = layer.kind if capture.with_output_gradients else None
+    recorded: Tensor = _Record.apply(output, sums, capture.slot(index, output.device), kind)  # type: ignore[no-untyped-call]
+    return recorded
 
 
 class _Record(torch.autograd.Function):
     """
-    The identity, whose backward commits. The output is marked as modified in place and not copied or viewed: a view
-    would forbid in-place operations on it downstream, a copy would cost memory.
+    The identity, whose backward adds the sums of an input, and those of the output gradient where a `kind` is given,
+    to the layer's slot. The output is marked as modified in place and not copied or viewed: a view would forbid
+    in-place operations on it downstream, a copy would cost memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, capture: Capture, index: int, sums: tuple[Tensor, Tensor, int]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, sums: Tensor, slot: Tensor, kind: LayerKind | None) -> Tensor:
         ctx.mark_dirty(output)
-        ctx.capture, ctx.index, ctx.sums = weakref.ref(capture), index, sums
+        ctx.sums, ctx.slot, ctx.kind = sums, slot, kind
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        capture = ctx.capture()
-        if capture is not None:
-            with torch.no_grad():
-                capture.commit(ctx.index, ctx.sums, grad)
+        with torch.no_grad():
+            inputs, outputs = ctx.slot.split([len(ctx.sums), len(ctx.slot) - len(ctx.sums)])
+            inputs.add_(ctx.sums.to(inputs.device))
+            if ctx.kind is not None:
+                delta_sum, delta_square = ctx.kind.output_gradient_sums(grad, ctx.sums.dtype)
+                outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
         return grad, None, None, None
 
 

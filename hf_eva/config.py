@@ -167,10 +167,15 @@ class EvaConfig:
                 raise ValueError(f"Unknown Eva option {name!r}: {hint}valid options are preset, {', '.join(names)}.")
         if preset == "recipe":
             return cls(**options)
+        variant = preset.removeprefix("paper_")
+        if options.pop("variant", variant) != variant:
+            raise ValueError(
+                f"preset {preset!r} fixes the variant: leave it out, or choose the preset of that variant."
+            )
         # paper() looks at its arguments (its KL clip depends on the variant), so they are parsed first.
         types = get_type_hints(cls)
         changes = {name: _parse(name, value, types[name]) for name, value in options.items()}
-        return cls.paper(preset.removeprefix("paper_"), **changes)  # type: ignore[arg-type]
+        return cls.paper(variant, **changes)  # type: ignore[arg-type]
 
     @classmethod
     def from_string(cls, text: str) -> EvaConfig:

@@ -255,7 +255,7 @@ class Eva(torch.optim.Optimizer):
     def _average_weight(self, layer: Layer, valid: Tensor) -> Tensor:
         """Weight of a new value: 1 for a layer's first valid one, `decay` for later ones, 0 for an invalid one."""
         updates = self._state_tensor(layer, "eva_updates", ())
-        weight = torch.where(updates > 0, self.config.decay, 1.0) * valid
+        weight = torch.ones_like(updates).where(updates == 0, self.config.decay) * valid
         updates.add_(valid)
         return weight
 

@@ -115,7 +115,7 @@ def plan(
     included = _matcher(include, candidates, "include")
     excluded = _matcher(exclude, candidates, "exclude")
     shared = _shared_weights(modules)
-    outputs = set() if include is not None else _output_embeddings(modules)
+    outputs = set() if include is not None else _output_embeddings(model)
 
     layers, rows, counted = [], [], set[int]()
     for name, module in modules.items():
@@ -205,10 +205,10 @@ def _shared_weights(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def _output_embeddings(modules: dict[str, nn.Module]) -> set[int]:
+def _output_embeddings(model: nn.Module) -> set[int]:
     """The ids of the modules that models call their output embeddings; a wrapper may answer like its inner model."""
     found = set()
-    for module in modules.values():
+    for module in model.modules():
         get_output_embeddings = getattr(module, "get_output_embeddings", None)
         if callable(get_output_embeddings):
             with suppress(NotImplementedError):  # what models without a vocabulary may answer
