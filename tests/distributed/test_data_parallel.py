@@ -1,0 +1,111 @@
+"""Two processes train as one with the same global batch, and send what the variant needs and no more."""
+
+import time
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import world
+from helpers import CONFIGS, assert_equal, assert_near, losses, mlp
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_eva import create_eva_optimizer
+
+pytestmark = pytest.mark.distributed
+STEPS = 4
+TOKENS = (5, 11)  # of each process: the means have to weigh them
+
+
+def micro_batches(step):
+    generator = torch.Generator().manual_seed(step)
+    shapes = [((tokens, 6), (tokens, 4)) for tokens in TOKENS]
+    return [tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in pair) for pair in shapes]
+
+
+def train(config, rank=None):
+    """The weights after some steps; with a `rank`, of one of two processes that share the micro-batches."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=config)
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    for step in range(STEPS):
+        parts = micro_batches(step)
+        for loss in losses(parts) if rank is None else losses([parts[rank]]):
+            loss(wrapped).backward()
+        optimizer.step()
+        wrapped.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def train_all(rank):
+    """For each config the weights, and how often the package has sent something."""
+    found = {}
+    for name, config in CONFIGS.items():
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
+            found[name] = {"weights": train(config, rank), "sent": sent.call_count}
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_two_processes():
+    return world.run(train_all, 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_processes_train_as_one(name, of_two_processes):
+    first, second = (found[name]["weights"] for found in of_two_processes)
+    assert_equal(first, second)
+    assert_near(first, train(CONFIGS[name]), 1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_sum_per_step_and_only_where_inputs_are_needed(name, of_two_processes):
+    expected = STEPS if CONFIGS[name].needs_inputs else 0
+    assert [found[name]["sent"] for found in of_two_processes] == [expected, expected]
+
+
+class Branches(torch.nn.Module):
+    """Two layers, of which a batch uses the first only or both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def forward(self, x, both):
+        return self.second(self.first(x)) if both else self.first(x)
+
+
+def train_branches(rank):
+    torch.manual_seed(0)
+    model = Branches()
+    optimizer = create_eva_optimizer(model, lr=0.01, config=CONFIGS["eva"])
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(3):
+        wrapped(torch.ones(2, 3), both=rank == 0).square().sum().backward()
+        optimizer.step()
+        wrapped.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_a_layer_that_one_process_does_not_use():
+    first, second = world.run(train_branches, 2)
+    assert_equal(first, second)
+
+
+def fail_in_the_second(rank):
+    if rank == 1:
+        raise RuntimeError("this one")
+    dist.barrier()
+
+
+def hang_in_the_first(rank):
+    if rank == 0:
+        time.sleep(600)
+
+
+def test_the_runner_names_who_fails_and_who_hangs():
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"(?s)Process 1.*this one"):
+        world.run(fail_in_the_second, 2)
+    with pytest.raises(pytest.fail.Exception, match=r"hang_in_the_first: ranks \[0, 1\] of 2 still run after"):
+        world.run(hang_in_the_first, 2, limit=3.0)

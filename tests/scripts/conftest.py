@@ -1,0 +1,67 @@
+"""Small files for the scripts to read, and the arguments of runs that take seconds."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from datasets import Dataset
+from PIL import Image
+from task_data import train_tokenizer
+
+MODELS = {
+    "sequence-classification": "bert hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64",
+    "causal-lm": "gpt2 n_layer=1,n_head=2,n_embd=32,n_positions=32",
+    "image-classification": "vit image_size=8,patch_size=4,hidden_size=32,num_hidden_layers=1,num_attention_heads=2,"
+    "intermediate_size=64",
+}
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for a network, whatever the environment says."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `rows.csv`, `.json`, `.parquet`, `.txt`, an image folder `images` and a `tokenizer`."""
+    folder = tmp_path_factory.mktemp("files")
+    words = ["awful", "lovely"]
+    texts = [f"film number {i} is {words[i % 2]} and {words[i % 2]} again" for i in range(60)]
+    rows = Dataset.from_dict({"text": texts, "label": [words[i % 2] for i in range(60)]})
+    rows.to_csv(folder / "rows.csv")
+    rows.to_json(folder / "rows.json")
+    rows.to_parquet(folder / "rows.parquet")
+    (folder / "rows.txt").write_text("\n".join(texts * 4))
+    train_tokenizer(rows, "text", 300).save_pretrained(folder / "tokenizer")
+    for i in range(40):
+        image = folder / "images" / ("dark", "light")[i % 2] / f"{i}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (10, 9), color=i + 200 * (i % 2)).save(image)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(files: Path) -> Callable[[str], list[str]]:
+    """The arguments of a run of two steps, seconds long, for a task."""
+    data = {
+        "sequence-classification": ["--train_file", f"{files}/rows.csv", "--tokenizer_name", f"{files}/tokenizer"],
+        "causal-lm": ["--train_file", f"{files}/rows.txt", "--block_size", "16", "--vocab_size", "300"],
+        "image-classification": ["--train_dir", f"{files}/images"],
+    }
+
+    def arguments(task: str) -> list[str]:
+        model_type, overrides = MODELS[task].split()
+        model = ["--model_type", model_type, "--config_overrides", overrides]
+        training = "--max_steps 2 --logging_steps 1 --learning_rate 1e-3 --eval_strategy steps --eval_steps 1"
+        return ["--task", task, *model, *data[task], "--validation_split_percentage", "20", *training.split()]
+
+    return arguments

@@ -1,0 +1,107 @@
+"""The base rules: with preconditioning off, torch's own optimizers bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_equal, assert_near, losses, mlp
+from helpers import data as batches
+
+from hf_eva import Eva, EvaConfig, base, create_eva_optimizer, plan
+
+IMPLEMENTATIONS = [
+    {"foreach": None, "fused": None},
+    {"foreach": True, "fused": None},
+    {"foreach": False, "fused": None},
+    {"foreach": None, "fused": True},
+    {"foreach": None, "fused": False},
+]
+
+
+def groups(model, **first):
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": 0.1, **first}, {"params": others, "weight_decay": 0.0}]
+
+
+def train(model, optimizer, steps=5):
+    for step in range(steps):
+        losses(batches(model, seed=step))[0](model).backward()
+        if step == 2:
+            model[3].weight.grad = None  # a parameter that no loss has reached
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+def test_switched_off_it_is_adamw(implementation, dtype):
+    model = mlp(dtype=dtype)
+    expected = copy.deepcopy(model)
+    options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, **implementation}
+    optimizer = Eva(groups(model, lr=0.02), plan=plan(model), config=EvaConfig(variant="none"), **options)
+    adamw = torch.optim.AdamW(groups(expected, lr=0.02), **options)
+    train(model, optimizer)
+    train(expected, adamw)
+    assert_equal(model, expected)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert_equal(optimizer.state[one], adamw.state[other])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_switched_off_it_is_sgd(implementation, dtype, momentum, nesterov):
+    if implementation["fused"]:
+        implementation = {"fused": True}
+    model = mlp(dtype=dtype)
+    expected = copy.deepcopy(model)
+    config = EvaConfig(variant="none", base="sgd", momentum=momentum, nesterov=nesterov)
+    optimizer = Eva(groups(model, lr=0.02), lr=0.01, plan=plan(model), config=config, **implementation)
+    sgd = torch.optim.SGD(groups(expected, lr=0.02), lr=0.01, momentum=momentum, nesterov=nesterov, **implementation)
+    train(model, optimizer)
+    train(expected, sgd)
+    assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_parameters_outside_the_plan_get_adamw(implementation, rank):
+    """The same gradients for both, because preconditioned layers go their own way."""
+    model = mlp(dtype=torch.float32)
+    expected = copy.deepcopy(model)
+    optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=EvaConfig(rank=rank), **implementation)
+    adamw = torch.optim.AdamW(groups(expected), lr=0.01, **implementation)
+    for _ in range(5):
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        adamw.step()
+    planned = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
+    one, other = dict(model.named_parameters()), dict(expected.named_parameters())
+    assert_equal(*({n: p.detach() for n, p in named.items() if n not in planned} for named in (one, other)))
+    assert all(not torch.equal(one[name], other[name]) for name in planned)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum(nesterov):
+    buffer, beta = torch.zeros(3, 2, dtype=torch.float64), 0.9
+    expected = buffer.clone()
+    for _ in range(4):
+        gradient = torch.randn(3, 2, dtype=torch.float64)
+        update = gradient.clone()
+        base.momentum_([update], [buffer], beta, nesterov)
+        expected = beta * expected + (1 - beta) * gradient
+        assert_near([buffer], [expected], 1e-15)
+        assert_near([update], [beta * expected + (1 - beta) * gradient if nesterov else expected], 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decoupled_weight_decay(dtype):
+    weight = torch.randn(3, 2).to(dtype)
+    update = torch.randn(3, 2, dtype=torch.promote_types(dtype, torch.float32))
+    expected = (1 - 0.1 * 0.5) * weight.double() - 0.1 * update
+    base.decoupled_([weight], [update], lr=0.1, weight_decay=0.5)
+    assert weight.dtype == dtype
+    assert_near([weight], [expected], 1e-15 if dtype == torch.float64 else 0.02)

@@ -1,0 +1,116 @@
+"""The layer kinds: each is a Linear over tokens, so its sums are those of the rows that the reference makes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_near
+from reference import output_tokens, tokens
+from torch import nn
+
+from hf_eva.layers import Layer, kind_of
+
+CONVOLUTIONS = [
+    {"kernel_size": 3},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (2, 1)},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": (2, 4), "padding": "same"},
+    {"kernel_size": 3, "padding": "valid", "stride": 3},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect", "stride": 2},
+    {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular"},
+    {"kernel_size": 2, "padding": "same", "padding_mode": "replicate"},
+]
+
+
+def layers():
+    yield "linear", nn.Linear(5, 3), (4, 5)
+    yield "linear, one token", nn.Linear(5, 3), (5,)
+    yield "linear, sequences", nn.Linear(5, 3, bias=False), (2, 4, 5)
+    yield "linear, images", nn.Linear(5, 3), (2, 3, 4, 5)
+    for options in CONVOLUTIONS:
+        yield f"conv2d {options}", nn.Conv2d(2, 3, **options), (4, 2, 8, 7)
+    yield "conv2d, one image", nn.Conv2d(2, 3, 3), (2, 8, 7)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("module", "shape"), [pytest.param(*case, id=name) for name, *case in layers()])
+def test_the_sums_of_a_call(module, shape):
+    module = module.double()
+    kind = kind_of(module)
+    x = torch.randn(shape, dtype=torch.float64)
+    y = module(x)
+    delta = torch.randn_like(y)
+    batched = isinstance(module, nn.Conv2d) and x.ndim == 3
+    X = tokens(module, x.unsqueeze(0) if batched else x)
+    D = output_tokens(module, delta.unsqueeze(0) if batched else delta)
+
+    total, square, count = kind.input_sums(module, x, torch.float64)
+    assert count == len(X) == len(D)
+    assert_near([total, square], [X.sum(0), X.square().sum()], 1e-12)
+    assert_near(list(kind.output_gradient_sums(delta, torch.float64)), [D.sum(0), D.square().sum()], 1e-12)
+
+    # The module is the Linear over these rows, and its gradient as a matrix is the sum of their outer products.
+    assert kind.shape(module) == (D.shape[1], X.shape[1])
+    assert_near(
+        [output_tokens(module, y.unsqueeze(0) if batched else y)],
+        [F.linear(X, kind.matrix(module.weight), module.bias)],
+        1e-12,
+    )
+    (grad,) = torch.autograd.grad(y, module.weight, delta)
+    assert_near([kind.matrix(grad)], [D.T @ X], 1e-12)
+
+
+def test_conv1d_stores_the_transpose():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 5).double()
+    kind = kind_of(conv1d)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    y = conv1d(x)
+    delta = torch.randn_like(y)
+    assert kind.name == "Conv1D" and kind.shape(conv1d) == (3, 5)
+    (grad,) = torch.autograd.grad(y, conv1d.weight, delta)
+    matrix = kind.matrix(grad)
+    assert_near([matrix], [delta.flatten(0, 1).T @ x.flatten(0, 1)], 1e-12)
+    assert matrix.data_ptr() == grad.data_ptr()  # a view: what is written to the matrix reaches the gradient
+    assert_near([y], [F.linear(x, kind.matrix(conv1d.weight), conv1d.bias)], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("module", "shape"), [(nn.Linear(5, 3), (512, 5)), (nn.Conv2d(1, 2, 2), (64, 1, 8, 8))])
+def test_sums_are_taken_in_float32(module, shape, dtype):
+    """In bfloat16 a sum of ones ends at 256; in float16 a sum of squares of 300 is infinite."""
+    kind, x = kind_of(module), torch.full(shape, 300.0, dtype=dtype)
+    X = tokens(module, x.double())
+    total, square, _ = kind.input_sums(module, x, torch.float32)
+    assert total.dtype == square.dtype == torch.float32
+    torch.testing.assert_close(total.double(), X.sum(0))
+    torch.testing.assert_close(square.double(), X.square().sum())
+    total, square = kind.output_gradient_sums(torch.ones_like(module(x.float()), dtype=dtype), torch.float32)
+    assert total.dtype == square.dtype == torch.float32
+    assert total.unique().item() == len(X) and square.item() == pytest.approx(len(X) * len(total))
+
+
+class Custom(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "module", [Custom(2, 2), nn.Bilinear(2, 2, 2), nn.Conv1d(2, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.LazyLinear(2)]
+)
+def test_other_modules_have_no_kind(module):
+    assert kind_of(module) is None
+
+
+def test_grouped_convolutions_are_unsupported():
+    module = nn.Conv2d(4, 4, 3, groups=2)
+    assert "groups=2" in kind_of(module).unsupported(module)
+    assert kind_of(nn.Conv2d(4, 4, 3)).unsupported(nn.Conv2d(4, 4, 3)) is None
+
+
+def test_a_layer_asks_its_module():
+    module = nn.Linear(5, 3)
+    layer = Layer("name", module, kind_of(module))
+    assert layer.shape == (3, 5) and layer.bias is module.bias
+    module.weight = nn.Parameter(torch.zeros(3, 5))  # as sharding does
+    assert layer.weight is module.weight
+    module.bias.requires_grad_(False)
+    assert layer.bias is None
+    assert Layer("name", nn.Linear(5, 3, bias=False), kind_of(module)).bias is None
