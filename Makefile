@@ -11,7 +11,7 @@ LOW     ?= .venv-lowest
 # Installed before everything else, so that no package chooses another build of torch.
 TORCH   ?= torch==2.13.0
 # The lowest versions that pyproject.toml admits, for `make test-lowest`.
-LOWEST  ?= accelerate==1.4.0 peft==0.18.0 transformers==5.3.0
+LOWEST  ?= accelerate==1.4.0 peft==0.18.0 transformers==5.6.0
 
 TESTS   ?= tests
 # What meets transformers and accelerate, for `make test-lowest`.

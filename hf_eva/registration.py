@@ -97,7 +97,7 @@ def _handlers() -> dict[str, Any]:
     except ImportError:
         raise RuntimeError(
             f"hf_eva does not know how to register itself with transformers {transformers.__version__}, which has no "
-            "transformers.trainer_optimizer: install transformers>=5.3,<6, or use hf_eva.EvaTrainer."
+            "transformers.trainer_optimizer: install transformers>=5.6,<6, or use hf_eva.EvaTrainer."
         ) from None
     handlers: dict[str, Any] = _OPTIMIZER_HANDLERS
     return handlers

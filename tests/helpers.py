@@ -77,12 +77,15 @@ def convnet(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequent
 
 
 def data(model: nn.Module, micro_batches: int = 1, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets that fit `mlp` (batches of 4 × 3 tokens) or `convnet` (4 images)."""
+    """
+    Inputs and targets that fit `mlp` (batches of 4 × 3 tokens) or `convnet` (4 images). They are not centred: mean
+    inputs and mean output gradients have to matter.
+    """
     generator = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     shapes = ((4, 2, 7, 7), (4, 4)) if isinstance(model[0], nn.Conv2d) else ((4, 3, 6), (4, 3, 4))
     return [
-        tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+        tuple((torch.randn(shape, generator=generator, dtype=torch.float64) + 2).to(dtype) for shape in shapes)
         for _ in range(micro_batches)
     ]
 

@@ -143,6 +143,17 @@ def test_checkpointing_counts_once(use_reentrant):
     assert_near(gathered(capture), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_around_the_whole_model_counts_once(use_reentrant):
+    """The second forward pass of the model runs inside the backward pass, when some layers have been counted."""
+    model = mlp()
+    (x, y), *_ = data(model)
+    wanted = expected(model, *losses([(x, y)]))
+    capture = attach(model)
+    F.mse_loss(checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant), y).backward()
+    assert_near(gathered(capture), wanted, 1e-12)
+
+
 @pytest.mark.parametrize(("name", "use_reentrant"), [*itertools.product(FAMILIES, [True, False]), ("albert", None)])
 def test_checkpointing_in_transformers_counts_once(name, use_reentrant):
     pytest.importorskip("transformers")

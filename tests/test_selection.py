@@ -256,8 +256,8 @@ def kept_bytes(optimizer, parameters):
 @pytest.mark.parametrize("changes", [{}, {"momentum": 0.0, "nesterov": False}], ids=["momentum", "no momentum"])
 def test_the_bytes_of_the_plan_are_those_of_the_optimizer(config, dtype, changes):
     config = EvaConfig(**{**config.to_dict(), **changes})
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.Flatten(2), mlp()).to(dtype)
-    model[3][0] = nn.Linear(4, 5).to(dtype)
+    narrow = nn.Linear(4, 2), nn.Linear(2, 6)  # narrower than the rank
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.GroupNorm(3, 3), nn.Flatten(2), *narrow, mlp()).to(dtype)
     found = plan(model, config=config)
     optimizer = create_eva_optimizer(model, config=config)
     for _ in range(2):
