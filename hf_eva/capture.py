@@ -1,10 +1,10 @@
 """
 Statistics of inputs and output gradients, gathered while the model runs.
 
-A forward hook sums what a layer receives and passes the layer's output through an autograd function that changes
-nothing; when the backward pass comes by, that function adds the sums, and those of the output gradient, to one flat
-buffer. Committing in the backward pass is what makes the count exact: evaluation, generation and the repeated forward
-passes of gradient checkpointing never reach it, and a module that is called twice is counted twice, as in `.grad`.
+A forward hook sums what a layer receives and leaves a hook on the layer's output; when the backward pass comes by,
+that one adds the sums, and those of the output gradient, to one flat buffer. Committing in the backward pass is what
+makes the count exact: evaluation, generation and the repeated forward passes of gradient checkpointing never reach it,
+and a module that is called twice is counted twice, as in `.grad`.
 
 A window is what one optimizer step sees: any number of micro-batches. It ends in `Eva.step`; a window that is thrown
 away without a step (an overflow under fp16) ends when the next forward pass finds all gradients cleared.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -114,10 +115,6 @@ def _statistics_dtype(layer: Layer) -> torch.dtype:
     return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
-# Compiled, the additions in the backward pass would be lost: the hooks run as they are, between compiled graphs.
-_not_compiled: Any = torch.compiler.disable
-
-
 class _Hook:
     """A hook that knows its capture by weak reference; a copied or unpickled model gets one that does nothing."""
 
@@ -153,45 +150,30 @@ def _before_forward(capture: Capture, module: nn.Module, args: Any) -> None:
         capture.start_window()
 
 
-def _after_layer(
-    capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor
-) -> Tensor | None:
+def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if not output.requires_grad:
-        return None
+        return
     layer = capture.layers[index]
-    dtype = _statistics_dtype(layer)
-    capture.called.add(index)
     with torch.no_grad():
         x = args[0] if args else next(iter(kwargs.values()))
-        x_sum, x_square, tokens = layer.kind.input_sums(module, x.detach(), dtype)
+        x_sum, x_square, tokens = layer.kind.input_sums(module, x.detach(), _statistics_dtype(layer))
         sums = torch.cat([x_sum.new_full((1,), tokens), x_sum, x_square.view(1)])
     kind = layer.kind if capture.with_output_gradients else None
-    recorded: Tensor = _Record.apply(output, sums, capture.slot(index, output.device), kind)  # type: ignore[no-untyped-call]
-    return recorded
+    slot = capture.slot(index, output.device)
+    capture.called.add(index)
+    # On the tensor that holds the values: an in-place operation gives a view another gradient, but not its base.
+    holder = output._base if output._is_view() and output._base is not None else output
+    holder.register_hook(partial(_commit, sums, slot, kind))
 
 
-class _Record(torch.autograd.Function):
-    """
-    The identity, whose backward adds the sums of an input, and those of the output gradient where a `kind` is given,
-    to the layer's slot. The output is marked as modified in place and not copied or viewed: a view would forbid
-    in-place operations on it downstream, a copy would cost memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, sums: Tensor, slot: Tensor, kind: LayerKind | None) -> Tensor:
-        ctx.mark_dirty(output)
-        ctx.sums, ctx.slot, ctx.kind = sums, slot, kind
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        with torch.no_grad():
-            inputs, outputs = ctx.slot.split([len(ctx.sums), len(ctx.slot) - len(ctx.sums)])
-            inputs.add_(ctx.sums.to(inputs.device))
-            if ctx.kind is not None:
-                delta_sum, delta_square = ctx.kind.output_gradient_sums(grad, ctx.sums.dtype)
-                outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
-        return grad, None, None, None
+def _commit(sums: Tensor, slot: Tensor, kind: LayerKind | None, grad: Tensor) -> None:
+    """Add the sums of an input, and those of the output gradient where a kind is given, to a layer's slot."""
+    with torch.no_grad():
+        inputs, outputs = slot.split([len(sums), len(slot) - len(sums)])
+        inputs.add_(sums.to(inputs.device))
+        if kind is not None:
+            delta_sum, delta_square = kind.output_gradient_sums(grad, sums.dtype)
+            outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -95,7 +95,9 @@ def _remove_component_(
     damping: float,
     relative: bool,
 ) -> Tensor:
-    """`G ← scale · (G − s / (γ + curvature) · column aᵀ)`; returns `⟨P, G⟩ = scale · (‖G‖² − s · projection / …)`."""
+    """
+    `G ← scale · (G − s / (γ + curvature) · column aᵀ)`. Returns `⟨P, G⟩`, for which `projection` is `⟨column aᵀ, G⟩`.
+    """
     gamma = (damping * curvature).clamp_min(_TINY) if relative else torch.full_like(curvature, damping)
     scale = torch.ones_like(gamma) if relative else gamma.reciprocal()
     coefficient = s / (gamma + curvature)

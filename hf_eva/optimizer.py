@@ -13,7 +13,7 @@ from . import base, formula
 from .capture import Capture, Statistics
 from .config import EvaConfig
 from .layers import Layer
-from .selection import Plan
+from .selection import Plan, statistics_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Eva(torch.optim.Optimizer):
             ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
             ("eps", eps, eps >= 0, "in [0, inf)"),
             ("weight_decay", weight_decay, weight_decay >= 0, "in [0, inf)"),
+            ("fused", fused, not (fused and foreach), "left out or False where foreach is True"),
         ):
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
@@ -101,7 +102,7 @@ class Eva(torch.optim.Optimizer):
             closure (callable, *optional*): reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a planned layer has a sparse gradient.
+            RuntimeError: a planned layer has a sparse gradient, or one that is sharded over processes.
         """
         loss = None
         if closure is not None:
@@ -118,7 +119,7 @@ class Eva(torch.optim.Optimizer):
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
         config = self.config
         if layers:
-            buffers = [self._state_tensor(layer, "momentum_buffer", layer.weight.shape) for layer in layers]
+            buffers = [self._momentum(layer) for layer in layers]
             base.momentum_(updates, buffers, config.momentum, config.nesterov)
             self._precondition(layers, updates, [None] * len(layers))
             formula.match_adamw_(updates)
@@ -166,8 +167,12 @@ class Eva(torch.optim.Optimizer):
             grad = layer.weight.grad
             if grad is None:
                 continue
-            if grad.is_sparse:
-                raise RuntimeError(f"Layer {layer.name!r} has a sparse gradient: exclude it from the plan.")
+            if grad.is_sparse or hasattr(grad, "device_mesh"):
+                kind = "sparse" if grad.is_sparse else "sharded"
+                raise RuntimeError(
+                    f"Layer {layer.name!r} has a {kind} gradient, which Eva cannot precondition: exclude the layer "
+                    "from the plan, or train with dense gradients on every process, as under DDP."
+                )
             if values is not None:
                 self._observe_tokens(layer, values)
                 if not self._was_called(index, layer):
@@ -181,33 +186,32 @@ class Eva(torch.optim.Optimizer):
 
     def _observe_tokens(self, layer: Layer, values: Statistics) -> None:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
-        g_scale = values.tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else 1.0
+        state = self._statistics(layer)
+        valid = (values.tokens > 0) & values.a_square.isfinite() & values.g_square.isfinite()
+        weight = self._average_weight(state, valid)
         new = {"eva_a": values.a, "eva_a_square": values.a_square}
         if self.config.needs_output_gradients:
+            g_scale = values.tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else 1.0
             new |= {"eva_g": values.g * g_scale, "eva_g_square": values.g_square * g_scale**2}
-        valid = (values.tokens > 0) & values.a_square.isfinite() & values.g_square.isfinite()
-        weight = self._average_weight(layer, valid)
-        averages = [self._state_tensor(layer, key, value.shape) for key, value in new.items()]
-        formula.update_averages_(averages, list(new.values()), [weight] * len(new))
+        formula.update_averages_([state[key] for key in new], list(new.values()), [weight] * len(new))
 
     def _observe_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
+        state = self._statistics(layer)
         square = torch.linalg.vector_norm(gradient).square()
-        weight = self._average_weight(layer, (square > 0) & square.isfinite())
+        weight = self._average_weight(state, (square > 0) & square.isfinite())
         if self.config.curvature == "joint":
             means = formula.axis_means(gradient)
-            averages = [self._state_tensor(layer, f"eva_v{i}", mean.shape) for i, mean in enumerate(means)]
+            averages = [state[f"eva_v{i}"] for i in range(len(means))]
             formula.update_averages_(averages, means, [weight] * len(means))
             return
         matrix = layer.kind.matrix(gradient)
-        outputs, inputs = self._bases(layer, gradient)
         images = [
-            matrix.mm(matrix.T.mm(formula.unit_columns(outputs))),
-            matrix.T.mm(matrix.mm(formula.unit_columns(inputs))),
+            matrix.mm(matrix.T.mm(formula.unit_columns(state["eva_g"]))),
+            matrix.T.mm(matrix.mm(formula.unit_columns(state["eva_a"]))),
         ]
-        trace = self._state_tensor(layer, "eva_trace", ())
-        formula.update_averages_([trace], [square], [weight])
-        formula.update_bases_([outputs, inputs], images, [weight, weight])
+        formula.update_averages_([state["eva_trace"]], [square], [weight])
+        formula.update_bases_([state["eva_g"], state["eva_a"]], images, [weight, weight])
 
     def _precondition(
         self, layers: Sequence[Layer], grads: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -244,28 +248,32 @@ class Eva(torch.optim.Optimizer):
         config = self.config
         return formula.factor_power(basis, trace, config.damping, config.damping_mode == "relative", config.exponent)
 
-    def _bases(self, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The subspaces of a layer's output side and input side; random before the first gradient."""
-        state = self.state[layer.weight]
-        for key, dimension in zip(("eva_g", "eva_a"), layer.shape, strict=True):
-            if key not in state:
-                state[key] = formula.initial_basis(dimension, self.config.rank, like)
-        return state["eva_g"], state["eva_a"]
-
-    def _average_weight(self, layer: Layer, valid: Tensor) -> Tensor:
+    def _average_weight(self, state: dict[str, Tensor], valid: Tensor) -> Tensor:
         """Weight of a new value: 1 for a layer's first valid one, `decay` for later ones, 0 for an invalid one."""
-        updates = self._state_tensor(layer, "eva_updates", ())
+        updates = state["eva_updates"]
         weight = torch.ones_like(updates).where(updates == 0, self.config.decay) * valid
         updates.add_(valid)
         return weight
 
-    def _state_tensor(self, layer: Layer, key: str, shape: Sequence[int]) -> Tensor:
-        """A tensor of a layer's state, made of zeros at its first use and never in lower precision than float32."""
-        state, weight = self.state[layer.weight], layer.weight
-        if key not in state:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            state[key] = torch.zeros(shape, dtype=dtype, device=weight.device)
-        return state[key]
+    def _statistics(self, layer: Layer) -> dict[str, Tensor]:
+        """A layer's state with all its statistics: zeros, and random bases, before the first gradient."""
+        state = self.state[layer.weight]
+        for key, shape in statistics_shapes(layer, self.config).items():
+            if key not in state:
+                like = self._zeros(layer, shape)
+                state[key] = formula.initial_basis(*shape, like) if len(shape) == 2 else like
+        return state
+
+    def _momentum(self, layer: Layer) -> Tensor:
+        state = self.state[layer.weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = self._zeros(layer, layer.weight.shape)
+        return state["momentum_buffer"]
+
+    def _zeros(self, layer: Layer, shape: Sequence[int]) -> Tensor:
+        """Never in lower precision than float32."""
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
 
     def _was_called(self, index: int, layer: Layer) -> bool:
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
@@ -283,19 +291,45 @@ class Eva(torch.optim.Optimizer):
         return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`, but statistics and momentum keep their precision in a low-precision model."""
-        super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        """
+        As in `torch.optim.Optimizer`, but statistics and momentum keep their precision in a low-precision model.
+
+        Raises:
+            ValueError: the state was saved with other layers or another config; the message lists the differences.
+        """
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        planned = {id(layer.weight) for layer in self.layers}
-        for parameter, index in zip(parameters, indices, strict=True):
-            if id(parameter) in planned:
-                for key, value in state_dict["state"].get(index, {}).items():
-                    # torch casts floating state to the parameter's dtype, which would lose bits under bf16
-                    if key != "step":
-                        self.state[parameter][key] = value.to(device=parameter.device, copy=True)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        saved = {id(p): state_dict["state"].get(i, {}) for p, i in zip(parameters, indices, strict=False)}
+        differences = [text for layer in self.layers if (text := self._difference(layer, saved.get(id(layer.weight))))]
+        if differences:
+            more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise ValueError(
+                f"The saved state does not fit the planned layers and their config: {'; '.join(differences[:3])}"
+                f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
+            )
+        super().load_state_dict(state_dict)
+        for layer in self.layers:
+            for key, value in saved[id(layer.weight)].items():
+                # torch casts floating state to the parameter's dtype, which would lose bits under bf16. It leaves the
+                # count of steps alone, which AdamW wants on the CPU.
+                if key != "step":
+                    self.state[layer.weight][key] = value.to(device=layer.weight.device, copy=True)
         if self._capture is not None:
             self._capture.start_window()
+
+    def _difference(self, layer: Layer, saved: dict[str, Tensor] | None) -> str:
+        """How the saved state of a layer differs from what this optimizer keeps; nothing saved yet fits as well."""
+        found = {key: tuple(value.shape) for key, value in (saved or {}).items() if key.startswith("eva_")}
+        expected = statistics_shapes(layer, self.config)
+        if not saved or found == expected:
+            return ""
+        return f"{layer.name} has {_listed(found) or 'no statistics'} where {_listed(expected)} is expected"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "Eva cannot be copied or pickled, because it belongs to the layers of one model: keep its state_dict() "
+            "and load it into a new optimizer, made by create_eva_optimizer."
+        )
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
@@ -312,3 +346,7 @@ def _working_gradient(parameter: Tensor) -> Tensor:
 
 def _with_gradient(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return parameter if parameter is not None and parameter.grad is not None else None
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{key}{list(shape)}" for key, shape in sorted(shapes.items()) if shape)

@@ -78,8 +78,8 @@ def eva_class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tu
 def _refuse_unsupported(args: TrainingArguments) -> None:
     if args.deepspeed:
         raise ValueError("optim='eva' does not run under DeepSpeed, which owns the gradients: use DDP or FSDP2.")
-    if args.fsdp and str((args.fsdp_config or {}).get("version", 1)) == "1":
-        raise ValueError("optim='eva' does not run under FSDP1, which flattens weights: use FSDP version 2, or DDP.")
+    if args.fsdp:
+        raise ValueError("optim='eva' does not run under FSDP, which shards gradients: use DDP.")
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         raise ValueError(
             f"optim='eva' does not run under nn.DataParallel, which was chosen because {args.n_gpu} GPUs are visible: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +17,6 @@ from .config import EvaConfig
 from .layers import Layer, LayerKind, kind_of
 
 Filter = str | Sequence[str]
-
-_NORM = re.compile(r"(Layer|RMS|Batch|Group|Instance|Local)?Norm(1d|2d|3d)?$|Norm", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -157,6 +156,21 @@ def plan(
     return Plan(model, tuple(layers), tuple(rows))
 
 
+def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each running statistic that the optimizer keeps for a layer; matrices are bases."""
+    d_out, d_in = layer.shape
+    shapes: dict[str, tuple[int, ...]] = {"eva_updates": ()}
+    if config.needs_inputs:
+        shapes |= {"eva_a": (d_in,), "eva_a_square": ()}
+        if config.needs_output_gradients:
+            shapes |= {"eva_g": (d_out,), "eva_g_square": ()}
+    elif config.curvature == "joint":
+        shapes |= {f"eva_v{axis}": (size,) for axis, size in enumerate(layer.weight.shape)}
+    else:
+        shapes |= {"eva_a": (d_in, min(config.rank, d_in)), "eva_g": (d_out, min(config.rank, d_out)), "eva_trace": ()}
+    return shapes
+
+
 def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
@@ -164,7 +178,7 @@ def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
 def _not_linear(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
-    if _NORM.search(type(module).__name__):
+    if "norm" in type(module).__name__.lower():
         return "norm"
     if isinstance(module, nn.Linear | nn.Conv2d):
         return f"{type(module).__name__} is a subclass of a layer that is known"
@@ -258,13 +272,7 @@ def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig
         return 2 * copy if config.base == "adamw" else copy * (config.momentum > 0)
     size = torch.promote_types(parameter.dtype, torch.float32).itemsize
     momentum = parameter.numel() * size if config.base == "adamw" else copy * (config.momentum > 0)
-    d_out, d_in = layer.shape
-    if config.variant == "eva_s" and config.curvature == "joint":
-        vectors = sum(parameter.shape)
-    else:
-        vectors = d_in * min(config.rank, d_in)
-        vectors += d_out * min(config.rank, d_out) if config.variant != "eva_f" else 0
-    return momentum + vectors * size
+    return momentum + size * sum(math.prod(shape) for shape in statistics_shapes(layer, config).values() if shape)
 
 
 def _stacked(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:

@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -439,4 +440,65 @@ def test_a_sparse_gradient_is_refused():
     optimizer = create_eva_optimizer(model)
     model[0].weight.grad = torch.zeros_like(model[0].weight).to_sparse()
     with pytest.raises(RuntimeError, match="sparse gradient"):
+        optimizer.step()
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def trained(config: EvaConfig | None = None) -> tuple[nn.Module, Eva]:
+    model = mlp()
+    optimizer = create_eva_optimizer(model, config=config)
+    model(data(model)[0][0]).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EvaConfig(rank=3), r"0 has eva_a\[6, 1\], eva_g\[5, 1\] where eva_a\[6, 3\], eva_g\[5, 3\] is expected"),
+        (EvaConfig.paper("eva"), r"0 has eva_a\[6, 1\].* where eva_a\[6\], eva_g\[5\] is expected"),
+        (EvaConfig.paper("eva_s"), r"where eva_v0\[5\], eva_v1\[6\] is expected"),
+    ],
+)
+def test_the_state_of_another_config_is_refused(config, message):
+    _, optimizer = trained(config)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(trained()[1].state_dict())
+    for index, state in before["state"].items():
+        assert all(torch.equal(value, optimizer.state_dict()["state"][index][key]) for key, value in state.items())
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    stranger, _ = trained()
+    groups = [{"params": group["params"]} for group in create_eva_optimizer(stranger).param_groups]
+    adamw = torch.optim.AdamW(groups)
+    adamw.step()
+    with pytest.raises(ValueError, match=r"0 has no statistics where .* is expected"):
+        create_eva_optimizer(mlp()).load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied(duplicate):
+    _, optimizer = trained()
+    with pytest.raises(TypeError, match="keep its state_dict"):
+        duplicate(optimizer)
+
+
+def test_two_implementations_at_once_are_refused():
+    with pytest.raises(ValueError, match="fused must be left out or False where foreach is True"):
+        create_eva_optimizer(mlp(), foreach=True, fused=True)
+
+
+def test_sparse_and_sharded_gradients_are_refused():
+    model = mlp()
+    optimizer = create_eva_optimizer(model)
+    model[0].weight.grad = torch.ones_like(model[0].weight).to_sparse()
+    with pytest.raises(RuntimeError, match="Layer '0' has a sparse gradient"):
+        optimizer.step()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    model[0].weight.grad.device_mesh = None
+    with pytest.raises(RuntimeError, match="Layer '0' has a sharded gradient"):
         optimizer.step()

@@ -191,3 +191,7 @@ def test_unsupported_setups_are_refused_with_a_sentence(tmp_path):
     args.deepspeed = "zero2.json"
     with pytest.raises(ValueError, match="does not run under DeepSpeed"):
         EvaTrainer.get_optimizer_cls_and_kwargs(args, model())
+    args = arguments(tmp_path)
+    args.fsdp = True
+    with pytest.raises(ValueError, match="does not run under FSDP"):
+        EvaTrainer.get_optimizer_cls_and_kwargs(args, model())
