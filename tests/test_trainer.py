@@ -195,3 +195,21 @@ def test_unsupported_setups_are_refused_with_a_sentence(tmp_path):
     args.fsdp = True
     with pytest.raises(ValueError, match="does not run under FSDP"):
         EvaTrainer.get_optimizer_cls_and_kwargs(args, model())
+
+
+@pytest.mark.parametrize("variant", ["eva_s", "eva"])
+def test_lora_matrices_are_trained_and_the_base_is_not(tmp_path, variant):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(model(), lora)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    args = arguments(tmp_path, eva_variant=variant, max_steps=30, learning_rate=1e-2)
+    trainer = EvaTrainer(adapted, args, train_dataset=data())
+    trainer.train()
+    planned = {layer.name for layer in eva_of(trainer).layers}
+    assert {name for name in planned if "lora_A" in name} and {name for name in planned if "lora_B" in name}
+    changed = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert changed == trained and all("lora_" in name or "classifier.modules_to_save" in name for name in trained)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < losses[0]
