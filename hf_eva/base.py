@@ -78,10 +78,11 @@ def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: 
             gradient.copy_(buffer)
 
 
-def decoupled_(parameters: Sequence[Tensor], updates: Sequence[Tensor], lr: float, weight_decay: float) -> None:
-    """`W ← (1 − lr · weight_decay) W − lr · P`."""
-    torch._foreach_mul_(list(parameters), 1 - lr * weight_decay)
-    torch._foreach_add_(list(parameters), list(updates), alpha=-lr)
+def decoupled_(parameter: Tensor, update: Tensor, scale: Tensor, lr: float, weight_decay: float) -> None:
+    """`W ← (1 − lr · weight_decay) W − lr · scale · P`, with a 0-dim scale."""
+    if weight_decay:
+        parameter.mul_(1 - lr * weight_decay)
+    parameter.addcmul_(update, scale, value=-lr)
 
 
 def _grad(parameter: Tensor) -> Tensor:

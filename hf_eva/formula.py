@@ -177,12 +177,27 @@ def factored_(
 ) -> None:
     """`P = (I + U_B diag(f_B) U_Bᵀ) G (I + U_A diag(f_A) U_Aᵀ)`, see [`factor_power`]; `None` leaves a side out."""
     for grad, output, input in zip(grads, outputs, inputs, strict=True):
+        columns, rows = [], []  # P = G + columns @ rows: one rewrite of G for both sides
         if input is not None:
             basis, f = input
-            grad.addmm_(grad.mm(basis) * f, basis.T)
+            columns.append(grad.mm(basis) * f)
+            rows.append(basis.T)
         if output is not None:
             basis, f = output
-            grad.addmm_(basis * f, basis.T.mm(grad))
+            row = basis.T.mm(grad)
+            if input is not None:
+                row.addmm_(basis.T.mm(columns[0]), rows[0])
+            columns.append(basis * f)
+            rows.append(row)
+        if columns:
+            grad.addmm_(torch.cat(columns, 1), torch.cat(rows, 0))
+
+
+def gram_images(grad: Tensor, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    """`(G Gᵀ) U_B` and `(Gᵀ G) U_A` of the unit columns `U` of two bases, in three reads of `G`."""
+    output, input = unit_columns(output), unit_columns(input)
+    both = grad.T.mm(torch.cat([output, grad.mm(input)], 1))
+    return grad.mm(both[:, : output.shape[1]]), both[:, output.shape[1] :]
 
 
 def update_bases_(bases: Sequence[Tensor], images: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
@@ -216,10 +231,13 @@ def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
     return (basis / _norm(basis, dim=0)).to(like.device, like.dtype)
 
 
-def match_adamw_(updates: Sequence[Tensor]) -> None:
-    """Scale each update to AdamW's size, `‖P‖ = 0.2 · sqrt(numel)`; a zero update stays zero."""
-    for update, norm in zip(updates, torch._foreach_norm(list(updates)), strict=True):
-        update.mul_(ADAMW_RMS * math.sqrt(update.numel()) / norm.clamp_min(_TINY))
+def adamw_scales(updates: Sequence[Tensor]) -> list[Tensor]:
+    """For each update the 0-dim factor that gives it AdamW's size, `‖P‖ = 0.2 · sqrt(numel)`."""
+    norms = torch._foreach_norm(list(updates))
+    return [
+        ADAMW_RMS * math.sqrt(update.numel()) / norm.clamp_min(_TINY)
+        for update, norm in zip(updates, norms, strict=True)
+    ]
 
 
 def _norm(tensor: Tensor, dim: int | None = None) -> Tensor:

@@ -122,15 +122,13 @@ class Eva(torch.optim.Optimizer):
             buffers = [self._momentum(layer) for layer in layers]
             base.momentum_(updates, buffers, config.momentum, config.nesterov)
             self._precondition(layers, updates, [None] * len(layers))
-            formula.match_adamw_(updates)
-        by_weight = {id(layer.weight): update for layer, update in zip(layers, updates, strict=True)}
+            groups = self._groups()
+            for layer, update, scale in zip(layers, updates, formula.adamw_scales(updates), strict=True):
+                group = groups[id(layer.weight)]
+                base.decoupled_(layer.weight, update, scale, group["lr"], group["weight_decay"])
+        planned = {id(layer.weight) for layer in layers}
         for group in self.param_groups:
-            present = [parameter for parameter in group["params"] if parameter.grad is not None]
-            planned = [parameter for parameter in present if id(parameter) in by_weight]
-            directions = [by_weight[id(parameter)] for parameter in planned]
-            others = [parameter for parameter in present if id(parameter) not in by_weight]
-            if planned:
-                base.decoupled_(planned, directions, group["lr"], group["weight_decay"])
+            others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
             if others:
                 base.adamw_(others, self.state, group)
 
@@ -145,10 +143,9 @@ class Eva(torch.optim.Optimizer):
         norms = torch._foreach_norm(all_updates) if layers and config.kl_mode == "rescale" else []
         inner = self._precondition(layers, updates, bias_updates)
         if layers and config.kl_mode == "clip":
-            lrs = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
-            torch._foreach_mul_(
-                all_updates, formula.kl_factor(inner, [lrs[id(weight)] for weight in weights], config.kl_clip)
-            )
+            groups = self._groups()
+            lrs = [groups[id(weight)]["lr"] for weight in weights]
+            torch._foreach_mul_(all_updates, formula.kl_factor(inner, lrs, config.kl_clip))
         elif layers and config.kl_mode == "rescale":
             torch._foreach_mul_(all_updates, formula.rescale_factor(norms, torch._foreach_norm(all_updates)))
         for parameter, update in zip([*weights, *(b for b in biases if b is not None)], all_updates, strict=True):
@@ -158,6 +155,10 @@ class Eva(torch.optim.Optimizer):
             present = [parameter for parameter in group["params"] if parameter.grad is not None]
             if present:
                 base.sgd_(present, self.state, group, config.momentum, config.nesterov)
+
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        """The group of each parameter, by the parameter's id."""
+        return {id(parameter): group for group in self.param_groups for parameter in group["params"]}
 
     def _observe(self) -> tuple[list[Layer], list[Tensor]]:
         """Bring the running averages up to date; returns the layers that this step preconditions, with gradients."""
@@ -206,10 +207,7 @@ class Eva(torch.optim.Optimizer):
             formula.update_averages_(averages, means, [weight] * len(means))
             return
         matrix = layer.kind.matrix(gradient)
-        images = [
-            matrix.mm(matrix.T.mm(formula.unit_columns(state["eva_g"]))),
-            matrix.T.mm(matrix.mm(formula.unit_columns(state["eva_a"]))),
-        ]
+        images = formula.gram_images(matrix, state["eva_g"], state["eva_a"])
         formula.update_averages_([state["eva_trace"]], [square], [weight])
         formula.update_bases_([state["eva_g"], state["eva_a"]], images, [weight, weight])
 

@@ -101,7 +101,8 @@ def test_momentum(nesterov):
 def test_decoupled_weight_decay(dtype):
     weight = torch.randn(3, 2).to(dtype)
     update = torch.randn(3, 2, dtype=torch.promote_types(dtype, torch.float32))
-    expected = (1 - 0.1 * 0.5) * weight.double() - 0.1 * update
-    base.decoupled_([weight], [update], lr=0.1, weight_decay=0.5)
+    expected = (1 - 0.1 * 0.5) * weight.double() - 0.1 * 3.0 * update
+    scale = torch.tensor(3.0, dtype=update.dtype)
+    base.decoupled_(weight, update, scale, lr=0.1, weight_decay=0.5)
     assert weight.dtype == dtype
     assert_near([weight], [expected], 1e-15 if dtype == torch.float64 else 0.02)
