@@ -38,6 +38,11 @@ def history(folder: Path, key: str) -> list[float]:
     return [entry[key] for entry in read(folder, "trainer_state.json")["log_history"] if key in entry]
 
 
+def need_image_processor(task: str) -> None:
+    if task == IMAGE and "torchvision" in getattr(transformers.AutoImageProcessor, "_backends", ()):
+        pytest.skip(f"transformers {transformers.__version__} loads image processors with torchvision only")
+
+
 # A whole run ---------------------------------------------------------------------------------------------------------
 
 
@@ -63,6 +68,7 @@ def test_a_run_leaves_model_results_plot_and_card(finished):
 
 def test_the_saved_model_loads_again(finished, files):
     task, folder = finished
+    need_image_processor(task)
     if task == IMAGE:
         processor = transformers.AutoImageProcessor.from_pretrained(folder)
         assert processor.size["height"] == 8
@@ -113,6 +119,7 @@ def test_two_image_folders(tiny, files, tmp_path):
 
 def test_a_saved_model_is_fine_tuned_further(finished, tiny, tmp_path):
     task, folder = finished
+    need_image_processor(task)
     arguments = tiny(task)
     del arguments[2:6]  # the model from scratch
     finetune.main([*arguments, "--model_name_or_path", str(folder), "--output_dir", str(tmp_path)])
