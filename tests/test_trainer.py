@@ -213,3 +213,11 @@ def test_lora_matrices_are_trained_and_the_base_is_not(tmp_path, variant):
     assert changed == trained and all("lora_" in name or "classifier.modules_to_save" in name for name in trained)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0]
+
+
+def test_one_model_can_be_trained_by_one_trainer_after_another(tmp_path):
+    once = model()
+    for _ in range(2):
+        trainer = EvaTrainer(once, arguments(tmp_path, eva_variant="eva"), train_dataset=data())
+        trainer.itself = trainer  # only the garbage collector lets go of it
+        trainer.train()
