@@ -12,7 +12,6 @@ away without a step (an overflow under fp16) ends when the next forward pass fin
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,12 +61,10 @@ class Capture:
         for layer in self.layers:
             d_out, d_in = layer.shape
             self._sizes.append([1, d_in, 1, d_out, 1])  # in the order of Statistics
-        if _taken(self.layers):
-            gc.collect()  # a trainer that nobody holds any more can live on in cycles of its own, and its optimizer too
-        if taken := _taken(self.layers):
-            raise ValueError(
-                f"Layer {taken[0]!r} already feeds another Eva optimizer: call detach() on that one first."
-            )
+            if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values()):
+                raise ValueError(
+                    f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
+                )
         self._starts = [0, *accumulate(map(sum, self._sizes))]
         handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self, _before_forward))]
         for index, layer in enumerate(self.layers):
@@ -116,15 +113,6 @@ class Capture:
 
 def _statistics_dtype(layer: Layer) -> torch.dtype:
     return torch.promote_types(layer.weight.dtype, torch.float32)
-
-
-def _taken(layers: Sequence[Layer]) -> list[str]:
-    """The names of the layers that a live capture is attached to."""
-    return [
-        layer.name
-        for layer in layers
-        if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values())
-    ]
 
 
 class _Hook:

@@ -219,5 +219,4 @@ def test_one_model_can_be_trained_by_one_trainer_after_another(tmp_path):
     once = model()
     for _ in range(2):
         trainer = EvaTrainer(once, arguments(tmp_path, eva_variant="eva"), train_dataset=data())
-        trainer.itself = trainer  # only the garbage collector lets go of it
         trainer.train()
