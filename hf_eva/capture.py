@@ -68,7 +68,7 @@ class Capture:
         self._starts = [0, *accumulate(map(sum, self._sizes))]
         handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self, _before_forward))]
         for index, layer in enumerate(self.layers):
-            # First of all hooks, so that what others keep of the output is what the rest of the model gets.
+            # First of all hooks: another may replace the output, and wanted is what the layer itself computed.
             hook = _Hook(self, _after_layer, index)
             handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._finalizer = weakref.finalize(self, _remove, handles)

@@ -143,7 +143,8 @@ class EvaTrainer(EvaTrainerMixin, Trainer):
 
 def _ignores_item_count(model: Any) -> bool:
     """Whether a transformers model computes its loss by itself and not by `loss_function`, which counts items."""
-    if not hasattr(model, "loss_function"):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a PEFT model
+    if not hasattr(base, "loss_function"):
         return False
-    forward = inspect.unwrap(type(model).forward)
+    forward = inspect.unwrap(type(base).forward)
     return "loss_function" not in forward.__code__.co_names

@@ -179,6 +179,9 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 def test_the_loss_of_a_model_that_counts_items_is_left_alone(tmp_path):
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=8))
     assert EvaTrainer(gpt2, arguments(tmp_path)).model_accepts_loss_kwargs
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(gpt2, peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True))
+    assert EvaTrainer(adapted, arguments(tmp_path)).model_accepts_loss_kwargs
     assert not EvaTrainer(model(), arguments(tmp_path)).model_accepts_loss_kwargs
 
 
