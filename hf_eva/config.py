@@ -55,7 +55,11 @@ class EvaConfig:
         1, "Vectors kept per side of a layer. More than one needs variant 'eva_s' and curvature 'factored'.", minimum=1
     )
     exponent: float = _hyperparameter(
-        0.5, "Power of the inverse of each factor; curvature 'factored' only.", above=0.0, maximum=1.0
+        0.25,
+        "Power of the inverse of each factor; curvature 'factored' only. 0.25 on both sides levels the gradient's "
+        "spectrum, as Shampoo does; more turns it upside down, which helps from scratch and hurts when fine-tuning.",
+        above=0.0,
+        maximum=1.0,
     )
     damping: float = _hyperparameter(0.03, "Damping added to the curvature, in the unit of `damping_mode`.", above=0.0)
     damping_mode: DampingMode = _hyperparameter(
