@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import sum_over_processes_
-from .layers import Layer, LayerKind
+from .layers import Layer, LayerKind, working_dtype
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,9 @@ class Capture:
     def _allocated(self, device: torch.device) -> Tensor:
         """The buffer; allocated late, because models are moved between the making of the optimizer and training."""
         if self._buffer is None:
-            dtype = max((_statistics_dtype(layer) for layer in self.layers), key=lambda dtype: dtype.itemsize)
+            dtype = max((working_dtype(layer.weight) for layer in self.layers), key=lambda dtype: dtype.itemsize)
             self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=dtype, device=device)
         return self._buffer
-
-
-def _statistics_dtype(layer: Layer) -> torch.dtype:
-    return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
 class _Hook:
@@ -156,7 +152,7 @@ def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwa
     layer = capture.layers[index]
     with torch.no_grad():
         x = args[0] if args else next(iter(kwargs.values()))
-        x_sum, x_square, tokens = layer.kind.input_sums(module, x.detach(), _statistics_dtype(layer))
+        x_sum, x_square, tokens = layer.kind.input_sums(module, x.detach(), working_dtype(layer.weight))
         sums = torch.cat([x_sum.new_full((1,), tokens), x_sum, x_square.view(1)])
     kind = layer.kind if capture.with_output_gradients else None
     slot = capture.slot(index, output.device)

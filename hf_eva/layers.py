@@ -146,6 +146,11 @@ class Layer:
         return self.kind.shape(self.module)
 
 
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision of statistics, momentum and directions: that of the tensor, but never lower than float32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import base, formula
 from .capture import Capture, Statistics
 from .config import EvaConfig
-from .layers import Layer
+from .layers import Layer, working_dtype
 from .selection import Plan, statistics_shapes
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Eva(torch.optim.Optimizer):
     def _precondition(
         self, layers: Sequence[Layer], grads: Sequence[Tensor], biases: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer for the joint forms, which bound it."""
+        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer where a KL clip needs it."""
         config = self.config
         relative = config.damping_mode == "relative"
         states = [self.state[layer.weight] for layer in layers]
@@ -269,9 +269,7 @@ class Eva(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     def _zeros(self, layer: Layer, shape: Sequence[int]) -> Tensor:
-        """Never in lower precision than float32."""
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        return torch.zeros(shape, dtype=dtype, device=layer.weight.device)
+        return torch.zeros(shape, dtype=working_dtype(layer.weight), device=layer.weight.device)
 
     def _was_called(self, index: int, layer: Layer) -> bool:
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
@@ -339,7 +337,7 @@ def _working_gradient(parameter: Tensor) -> Tensor:
     assert grad is not None
     if not grad.is_contiguous():  # a convolution in channels-last memory; its matrix must be a view
         grad = parameter.grad = grad.contiguous()
-    return grad.to(torch.promote_types(grad.dtype, torch.float32))
+    return grad.to(working_dtype(grad))
 
 
 def _with_gradient(parameter: nn.Parameter | None) -> nn.Parameter | None:

@@ -10,11 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import nn
 
 from .config import EvaConfig
-from .layers import Layer, LayerKind, kind_of
+from .layers import Layer, LayerKind, kind_of, working_dtype
 
 Filter = str | Sequence[str]
 
@@ -270,7 +269,7 @@ def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig
     copy = parameter.numel() * parameter.element_size()
     if layer is None or parameter is not layer.weight:
         return 2 * copy if config.base == "adamw" else copy * (config.momentum > 0)
-    size = torch.promote_types(parameter.dtype, torch.float32).itemsize
+    size = working_dtype(parameter).itemsize
     momentum = parameter.numel() * size if config.base == "adamw" else copy * (config.momentum > 0)
     return momentum + size * sum(math.prod(shape) for shape in statistics_shapes(layer, config).values() if shape)
 

@@ -435,14 +435,6 @@ def test_a_planned_weight_must_be_among_the_parameters():
         Eva(model[0].parameters(), plan=plan(model))
 
 
-def test_a_sparse_gradient_is_refused():
-    model = mlp()
-    optimizer = create_eva_optimizer(model)
-    model[0].weight.grad = torch.zeros_like(model[0].weight).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse gradient"):
-        optimizer.step()
-
-
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
