@@ -78,11 +78,11 @@ def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: 
             gradient.copy_(buffer)
 
 
-def decoupled_(parameter: Tensor, update: Tensor, scale: Tensor, lr: float, weight_decay: float) -> None:
-    """`W ← (1 − lr · weight_decay) W − lr · scale · P`, with a 0-dim scale."""
+def decoupled_(parameter: Tensor, update: Tensor, scales: Tensor, lr: float, weight_decay: float) -> None:
+    """`W ← (1 − lr · weight_decay) W − lr · scales · P`, for scales that broadcast."""
     if weight_decay:
         parameter.mul_(1 - lr * weight_decay)
-    parameter.addcmul_(update, scale, value=-lr)
+    parameter.addcmul_(update, scales, value=-lr)
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# AdamW's update has a root-mean-square size of about 0.2 per entry over a training (Liu et al., "Muon is scalable for
-# LLM training", arXiv 2502.16982, section 2.2): the factor that lets AdamW's learning rate carry over.
-ADAMW_RMS = 0.2
+ITERATIONS = 2  # on the first gradient; a random first guess would take some twenty steps to find its subspaces
+LEAST_COSINE = 0.2  # of an update with its momentum: bounds the step of a layer whose momentum is all curvature
 
 _TINY = 1e-30  # keeps 0/0 at 0; far below any statistic of a layer that receives a gradient
 
@@ -149,11 +148,9 @@ def rescale_factor(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return total / _norm(torch.stack(list(after))).clamp_min(_TINY)
 
 
-def factor_power(
-    basis: Tensor, trace: Tensor, damping: float, relative: bool, exponent: float
-) -> tuple[Tensor, Tensor]:
+def factor_levels(basis: Tensor, trace: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
     """
-    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ` to the power `−exponent`, up to a scalar: `I + U diag(f) Uᵀ`.
+    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`.
 
     Args:
         basis (`Tensor` of shape `(d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms.
@@ -161,36 +158,55 @@ def factor_power(
         damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `trace / d`.
 
     Returns:
-        `U` of shape `(d, r)` and `f ≤ 0` of shape `(r,)`.
+        `U` of shape `(d, r)`, and `ℓ` and `level = (ℓ + ε) / (ρ + ε) ≥ 1` of shape `(r,)`.
     """
     (dimension, rank), values = basis.shape, _norm(basis, dim=0)
     rest = (trace - values.sum()).clamp_min(0.0) / max(dimension - rank, 1)
     shift = (damping * trace / dimension if relative else damping) + _TINY
-    f = ((values + shift) / (rest + shift)).pow(-exponent).sub(1.0).clamp_max(0.0)
-    return unit_columns(basis), f
+    return unit_columns(basis), values, ((values + shift) / (rest + shift)).clamp_min(1.0)
 
 
 def factored_(
     grads: Sequence[Tensor],
-    outputs: Sequence[tuple[Tensor, Tensor] | None],
-    inputs: Sequence[tuple[Tensor, Tensor] | None],
+    outputs: Sequence[tuple[Tensor, Tensor, Tensor] | None],
+    inputs: Sequence[tuple[Tensor, Tensor, Tensor] | None],
+    exponent: float,
+    corrections: Sequence[Tensor] | None,
 ) -> None:
-    """`P = (I + U_B diag(f_B) U_Bᵀ) G (I + U_A diag(f_A) U_Aᵀ)`, see [`factor_power`]; `None` leaves a side out."""
-    for grad, output, input in zip(grads, outputs, inputs, strict=True):
+    """
+    `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out.
+
+    With `corrections`, which divide `G` as Adam's do its momentum, p is `exponent` for a direction whose `G` is noise
+    and goes down to half of it where gradients agree: `p = exponent · (1 − ½ min(1, ‖uᵀĜ‖ / sqrt(ℓ)))`. Where they
+    agree, `ℓ` is the square of what is to be followed, and both sides to the power ½ would turn it upside down.
+    """
+    for index, (grad, output, input) in enumerate(zip(grads, outputs, inputs, strict=True)):
+        correction = None if corrections is None else corrections[index]
         columns, rows = [], []  # P = G + columns @ rows: one rewrite of G for both sides
         if input is not None:
-            basis, f = input
-            columns.append(grad.mm(basis) * f)
+            basis, values, levels = input
+            column = grad.mm(basis)
+            f = _power(levels, exponent, _norm(column, dim=0), values, correction)
+            columns.append(column * f)
             rows.append(basis.T)
         if output is not None:
-            basis, f = output
+            basis, values, levels = output
             row = basis.T.mm(grad)
+            f = _power(levels, exponent, _norm(row, dim=1), values, correction)
             if input is not None:
                 row.addmm_(basis.T.mm(columns[0]), rows[0])
             columns.append(basis * f)
             rows.append(row)
         if columns:
             grad.addmm_(torch.cat(columns, 1), torch.cat(rows, 0))
+
+
+def _power(levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, correction: Tensor | None) -> Tensor:
+    """`level^(−p) − 1`, see [`factored_`]."""
+    if correction is None:
+        return levels.pow(-exponent) - 1
+    agreement = (lengths / (correction * values.sqrt()).clamp_min(_TINY)).clamp_max(1.0)
+    return levels.pow(-exponent * (1 - agreement / 2)) - 1
 
 
 def gram_images(grad: Tensor, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,13 +247,60 @@ def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
     return (basis / _norm(basis, dim=0)).to(like.device, like.dtype)
 
 
-def adamw_scales(updates: Sequence[Tensor]) -> list[Tensor]:
-    """For each update the 0-dim factor that gives it AdamW's size, `‖P‖ = 0.2 · sqrt(numel)`."""
-    norms = torch._foreach_norm(list(updates))
-    return [
-        ADAMW_RMS * math.sqrt(update.numel()) / norm.clamp_min(_TINY)
-        for update, norm in zip(updates, norms, strict=True)
-    ]
+def find_bases_(grad: Tensor, bases: Sequence[Tensor], valid: Tensor) -> None:
+    """Turn the guesses `U_B` and `U_A` towards the dominant subspaces of the first gradient, where that is `valid`."""
+    for _ in range(ITERATIONS):
+        for basis, image in zip(bases, gram_images(grad, *bases), strict=True):
+            basis.copy_(torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis))
+
+
+def row_sums(updates: Sequence[Tensor], momenta: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """For every row of each update `P` its squared norm, and its inner product with that row of the momentum `M`."""
+    squares = [_norm(update, dim=1).square() for update in updates]
+    products = [torch.linalg.vecdot(update, m) for update, m in zip(updates, momenta, strict=True)]
+    return squares, products
+
+
+def row_shares(squares: Sequence[Tensor]) -> list[Tensor]:
+    """Squared norms of rows in units of their mean."""
+    return [square / square.mean().clamp_min(_TINY) for square in squares]
+
+
+def row_scales(
+    squares: Sequence[Tensor],
+    products: Sequence[Tensor],
+    shares: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    grad_squares: Sequence[Tensor],
+    corrections: Sequence[Tensor],
+) -> list[Tensor]:
+    """
+    What to multiply the rows of each update `P` with: no row dominates, and the step has the size of one of AdamW's.
+
+    Rows are divided by the root of their running share, as in NorMuon (Li et al., arXiv 2510.05491). An update of
+    AdamW has entries of the size `c = ‖M̂‖ / sqrt(E‖G‖²)`: 1 where gradients agree, about 0.2 where they are noise. So
+    has this one, where they are noise. Where they agree (`c ≥ ½`) it is longer, so that it goes as far along the
+    momentum as AdamW's size allows, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`; in between the cosine counts to the power `2c`.
+
+    Args:
+        squares, products (list of `Tensor` of shape `(d_out,)`): from [`row_sums`].
+        shares (list of `Tensor` of shape `(d_out,)`): running averages of `squares`, divided by their mean.
+        momenta (list of `Tensor`): `M`.
+        grad_squares (list of 0-dim `Tensor`): running averages of `‖G‖²`.
+        corrections (list of 0-dim `Tensor`): what to divide `M` by for its start from zero, as in Adam.
+    """
+    norms = torch._foreach_norm(list(momenta))
+    scales = []
+    for square, product, share, momentum, norm, grad_square, correction in zip(
+        squares, products, shares, momenta, norms, grad_squares, corrections, strict=True
+    ):
+        level = share.clamp_min(_TINY).rsqrt()
+        length = (square * level.square()).sum().sqrt().clamp_min(_TINY)
+        cosine = ((product * level).sum() / (length * norm.clamp_min(_TINY))).clamp(LEAST_COSINE, 1.0)
+        size = (norm / (correction * grad_square.sqrt()).clamp_min(_TINY)).clamp_max(1.0)
+        reach = cosine.pow((2 * size).clamp_max(1.0))
+        scales.append(level * (size * math.sqrt(momentum.numel()) / (reach * length)))
+    return scales
 
 
 def _norm(tensor: Tensor, dim: int | None = None) -> Tensor:

@@ -37,6 +37,10 @@ class LayerKind:
         """A view `(d_out, d_in)` of a tensor that is laid out as the module's weight."""
         return tensor
 
+    def rows(self, vector: Tensor, ndim: int) -> Tensor:
+        """A view of a vector `(d_out,)` that broadcasts over a tensor of `ndim` axes laid out as the weight."""
+        return vector.view(-1, *[1] * (ndim - 1))
+
     def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
         """`Σ x` of shape `(d_in,)`, `Σ ‖x‖²` and the number of tokens of an input as the module receives it."""
         return x.reshape(-1, x.shape[-1]).sum(0, dtype=dtype), _squares(x, dtype), x.numel() // x.shape[-1]
@@ -61,6 +65,9 @@ class Conv1DKind(LayerKind):
 
     def matrix(self, tensor: Tensor) -> Tensor:
         return tensor.T
+
+    def rows(self, vector: Tensor, ndim: int) -> Tensor:
+        return vector
 
 
 class Conv2dKind(LayerKind):

@@ -17,6 +17,10 @@ from .selection import Plan, statistics_shapes
 
 logger = logging.getLogger(__name__)
 
+# Steps in which a layer's first gradient is looked for, because a look costs time: LoRA's A gets its first one at the
+# second step, beside a B of zeros. Where it comes later, subspaces are found by the running averages alone.
+SEARCH_STEPS = 3
+
 
 class Eva(torch.optim.Optimizer):
     """
@@ -76,6 +80,7 @@ class Eva(torch.optim.Optimizer):
         if self.layers and self.config.needs_inputs:
             self._capture = Capture(plan.model, self.layers, self.config.needs_output_gradients)
         self._warned: set[int] = set()
+        self._steps = 0
 
     def detach(self) -> None:
         """Remove the hooks from the model. Where there were any, all layers get the plain base rule from then on."""
@@ -104,33 +109,57 @@ class Eva(torch.optim.Optimizer):
         Raises:
             RuntimeError: a planned layer has a sparse gradient, or one that is sharded over processes.
         """
+        self._steps += 1
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers, updates = self._observe()
+        layers, updates, weights = self._observe()
         if self.config.base == "sgd":
             self._sgd_step(layers, updates)
         else:
-            self._adamw_step(layers, updates)
+            self._adamw_step(layers, updates, weights)
         return loss
 
-    def _adamw_step(self, layers: Sequence[Layer], updates: Sequence[Tensor]) -> None:
+    def _adamw_step(self, layers: Sequence[Layer], updates: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
-        config = self.config
         if layers:
-            buffers = [self._momentum(layer) for layer in layers]
-            base.momentum_(updates, buffers, config.momentum, config.nesterov)
+            momenta = [self._momentum(layer) for layer in layers]
+            base.momentum_(updates, momenta, self.config.momentum, self.config.nesterov)
             self._precondition(layers, updates, [None] * len(layers))
+            scales = self._row_scales(layers, updates, momenta, weights)
             groups = self._groups()
-            for layer, update, scale in zip(layers, updates, formula.adamw_scales(updates), strict=True):
-                group = groups[id(layer.weight)]
-                base.decoupled_(layer.weight, update, scale, group["lr"], group["weight_decay"])
+            for layer, update, scale in zip(layers, updates, scales, strict=True):
+                rows, group = layer.kind.rows(scale, update.ndim), groups[id(layer.weight)]
+                base.decoupled_(layer.weight, update, rows, group["lr"], group["weight_decay"])
         planned = {id(layer.weight) for layer in layers}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
             if others:
                 base.adamw_(others, self.state, group)
+
+    def _row_scales(
+        self, layers: Sequence[Layer], updates: Sequence[Tensor], momenta: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What the rows of each update are multiplied with, see [`formula.row_scales`]."""
+        states = [self.state[layer.weight] for layer in layers]
+        updates = [layer.kind.matrix(update) for layer, update in zip(layers, updates, strict=True)]
+        momenta = [layer.kind.matrix(buffer) for layer, buffer in zip(layers, momenta, strict=True)]
+        squares, products = formula.row_sums(updates, momenta)
+        shares = [state["eva_rows"] for state in states]
+        formula.update_averages_(shares, formula.row_shares(squares), weights)
+        return formula.row_scales(
+            squares,
+            products,
+            shares,
+            momenta,
+            [state["eva_square"] for state in states],
+            [self._correction(state, nesterov=False) for state in states],
+        )
+
+    def _correction(self, state: dict[str, Tensor], nesterov: bool) -> Tensor:
+        """What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead."""
+        return 1 - self.config.momentum ** (state["eva_updates"] + nesterov)
 
     def _sgd_step(self, layers: Sequence[Layer], updates: Sequence[Tensor]) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
@@ -160,10 +189,13 @@ class Eva(torch.optim.Optimizer):
         """The group of each parameter, by the parameter's id."""
         return {id(parameter): group for group in self.param_groups for parameter in group["params"]}
 
-    def _observe(self) -> tuple[list[Layer], list[Tensor]]:
-        """Bring the running averages up to date; returns the layers that this step preconditions, with gradients."""
+    def _observe(self) -> tuple[list[Layer], list[Tensor], list[Tensor]]:
+        """
+        Bring the running averages up to date; returns the layers that this step preconditions, their gradients, and
+        the weights of this step in their averages.
+        """
         statistics = self._capture.collect() if self._capture is not None else [None] * len(self.layers)
-        layers, gradients = [], []
+        layers, gradients, weights = [], [], []
         for index, (layer, values) in enumerate(zip(self.layers, statistics, strict=True)):
             grad = layer.weight.grad
             if grad is None:
@@ -174,42 +206,50 @@ class Eva(torch.optim.Optimizer):
                     f"Layer {layer.name!r} has a {kind} gradient, which Eva cannot precondition: exclude the layer "
                     "from the plan, or train with dense gradients on every process, as under DDP."
                 )
-            if values is not None:
-                self._observe_tokens(layer, values)
+            gradient = _working_gradient(layer.weight)
+            square = torch.linalg.vector_norm(gradient).square()
+            valid = (square > 0) & square.isfinite()
+            if values is None:
+                weight = self._observe_gradient(layer, gradient, valid)
+            else:
+                weight = self._observe_tokens(layer, values, valid)
                 if not self._was_called(index, layer):
                     continue
-            gradient = _working_gradient(layer.weight)
-            if values is None:
-                self._observe_gradient(layer, gradient)
+            state = self.state[layer.weight]
+            if "eva_square" in state:
+                formula.update_averages_([state["eva_square"]], [square], [weight])
             layers.append(layer)
             gradients.append(gradient)
-        return layers, gradients
+            weights.append(weight)
+        return layers, gradients, weights
 
-    def _observe_tokens(self, layer: Layer, values: Statistics) -> None:
+    def _observe_tokens(self, layer: Layer, values: Statistics, valid: Tensor) -> Tensor:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
         state = self._statistics(layer)
-        valid = (values.tokens > 0) & values.a_square.isfinite() & values.g_square.isfinite()
+        valid = valid & (values.tokens > 0) & values.a_square.isfinite() & values.g_square.isfinite()
         weight = self._average_weight(state, valid)
         new = {"eva_a": values.a, "eva_a_square": values.a_square}
         if self.config.needs_output_gradients:
             g_scale = values.tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else 1.0
             new |= {"eva_g": values.g * g_scale, "eva_g_square": values.g_square * g_scale**2}
         formula.update_averages_([state[key] for key in new], list(new.values()), [weight] * len(new))
+        return weight
 
-    def _observe_gradient(self, layer: Layer, gradient: Tensor) -> None:
+    def _observe_gradient(self, layer: Layer, gradient: Tensor, valid: Tensor) -> Tensor:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
         state = self._statistics(layer)
-        square = torch.linalg.vector_norm(gradient).square()
-        weight = self._average_weight(state, (square > 0) & square.isfinite())
+        is_first = valid & (state["eva_updates"] == 0)
+        weight = self._average_weight(state, valid)
         if self.config.curvature == "joint":
             means = formula.axis_means(gradient)
             averages = [state[f"eva_v{i}"] for i in range(len(means))]
             formula.update_averages_(averages, means, [weight] * len(means))
-            return
-        matrix = layer.kind.matrix(gradient)
-        images = formula.gram_images(matrix, state["eva_g"], state["eva_a"])
-        formula.update_averages_([state["eva_trace"]], [square], [weight])
-        formula.update_bases_([state["eva_g"], state["eva_a"]], images, [weight, weight])
+            return weight
+        matrix, bases = layer.kind.matrix(gradient), [state["eva_g"], state["eva_a"]]
+        if self._steps <= SEARCH_STEPS:
+            formula.find_bases_(matrix, bases, is_first)
+        formula.update_bases_(bases, formula.gram_images(matrix, *bases), [weight, weight])
+        return weight
 
     def _precondition(
         self, layers: Sequence[Layer], grads: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -223,7 +263,9 @@ class Eva(torch.optim.Optimizer):
             outputs = [self._factor(layer, "eva_g") for layer in layers]
             inputs = [self._factor(layer, "eva_a") for layer in layers]
             before = [matrix.clone() for matrix in matrices] if config.kl_mode == "clip" else []
-            formula.factored_(matrices, outputs, inputs)
+            is_momentum = config.base == "adamw" and config.variant == "eva_s"
+            corrections = [self._correction(state, config.nesterov) for state in states] if is_momentum else None
+            formula.factored_(matrices, outputs, inputs, config.exponent, corrections)
             return [torch.sum(p * g) for p, g in zip(matrices, before, strict=False)]
         if config.variant == "eva":
             a, g = [state["eva_a"] for state in states], [state["eva_g"] for state in states]
@@ -233,23 +275,23 @@ class Eva(torch.optim.Optimizer):
         vectors = [[state[f"eva_v{i}"] for i in range(g.ndim)] for state, g in zip(states, grads, strict=True)]
         return formula.eva_s_(grads, vectors, config.damping, relative)
 
-    def _factor(self, layer: Layer, side: str) -> tuple[Tensor, Tensor] | None:
-        """One side's factor to the power `-exponent`, or `None` where the variant has no such side."""
+    def _factor(self, layer: Layer, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """One side's factor, see [`formula.factor_levels`], or `None` where the variant has no such side."""
         state = self.state[layer.weight]
         if side not in state:
             return None
         if self.config.variant == "eva_s":
-            basis, trace = state[side], state["eva_trace"]
+            basis, trace = state[side], state["eva_square"]
         else:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
             basis = (state[side] * torch.linalg.vector_norm(state[side])).unsqueeze(1)
             trace = state[f"{side}_square"]
         config = self.config
-        return formula.factor_power(basis, trace, config.damping, config.damping_mode == "relative", config.exponent)
+        return formula.factor_levels(basis, trace, config.damping, config.damping_mode == "relative")
 
     def _average_weight(self, state: dict[str, Tensor], valid: Tensor) -> Tensor:
-        """Weight of a new value: 1 for a layer's first valid one, `decay` for later ones, 0 for an invalid one."""
+        """Weight of a layer's n-th valid value: `decay`, but at least `1/n`; 0 for an invalid one."""
         updates = state["eva_updates"]
-        weight = torch.ones_like(updates).where(updates == 0, self.config.decay) * valid
+        weight = (updates + 1).reciprocal().clamp_min(self.config.decay) * valid
         updates.add_(valid)
         return weight
 

@@ -166,7 +166,11 @@ def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, .
     elif config.curvature == "joint":
         shapes |= {f"eva_v{axis}": (size,) for axis, size in enumerate(layer.weight.shape)}
     else:
-        shapes |= {"eva_a": (d_in, min(config.rank, d_in)), "eva_g": (d_out, min(config.rank, d_out)), "eva_trace": ()}
+        shapes |= {"eva_a": (d_in, min(config.rank, d_in)), "eva_g": (d_out, min(config.rank, d_out))}
+    if config.base == "adamw":
+        shapes |= {"eva_rows": (d_out,)}
+    if config.base == "adamw" or (config.variant == "eva_s" and config.curvature == "factored"):
+        shapes |= {"eva_square": ()}
     return shapes
 
 

@@ -14,7 +14,7 @@ from hf_eva import EvaConfig
 CONFIGS = {
     "eva": EvaConfig(variant="eva"),
     "eva_f": EvaConfig(variant="eva_f"),
-    "eva_s": EvaConfig(variant="eva_s"),
+    "eva_s": EvaConfig(rank=1),
     "rank_3": EvaConfig(rank=3),
     "paper_eva": EvaConfig.paper("eva"),
     "paper_eva_f": EvaConfig.paper("eva_f"),

@@ -48,6 +48,11 @@ def average(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
     return new if old is None else (1 - decay) * old + decay * new
 
 
+def weight(decay: float, step: int) -> float:
+    """A plain mean of the first steps, until the newest would weigh less than ξ."""
+    return max(decay, 1 / step)
+
+
 def kl_factor(P: Sequence[Tensor], G: Sequence[Tensor], lr: float, kl_clip: float) -> Tensor:
     """`ν = min(1, sqrt(κ / Σ lr² ⟨P, G⟩))`."""
     size = sum(lr**2 * (p * g).sum() for p, g in zip(P, G, strict=True))
@@ -76,14 +81,42 @@ def inverse_power(matrix: Tensor, damping: float, exponent: float) -> Tensor:
     return vectors @ torch.diag((values + damping) ** -exponent) @ vectors.T
 
 
+def inverse_powers(U: Tensor, values: Tensor, trace: Tensor, damping: float, exponents: Tensor) -> Tensor:
+    """As [`inverse_power`] of [`factor`], up to a scalar, with an exponent of its own for every direction of U."""
+    d, r = U.shape
+    rho = (trace - values.sum()).clamp(min=0) / max(d - r, 1)
+    ratios = (torch.maximum(values, rho) + damping) / (rho + damping)
+    return torch.eye(d, dtype=U.dtype) + U @ torch.diag(ratios**-exponents - 1) @ U.T
+
+
+def agreement(projection: Tensor, values: Tensor) -> Tensor:
+    """How much gradients agree along each direction: length of the mean gradient there over that of a gradient."""
+    return (projection.norm(dim=1) / values.sqrt()).clamp(max=1)
+
+
+def first_basis(guess: Tensor, matrix: Tensor) -> Tensor:
+    """Two rounds of subspace iteration."""
+    for _ in range(2):
+        guess = torch.linalg.qr(matrix @ guess)[0]
+    return guess
+
+
 def subspace_iteration(Z: Tensor | None, U: Tensor, matrix: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor]:
     """`Z ← (1 − w) Z + w · F U`; returns `Z` turned so that its columns are orthogonal, and its `U` and `ℓ`."""
     left, values, _ = torch.linalg.svd(average(Z, matrix @ U, decay), full_matrices=False)
     return left * values, left, values
 
 
-def match_adamw(P: Tensor) -> Tensor:
-    return 0.2 * P.numel() ** 0.5 * P / P.norm()
+def mean_squares_of_rows(P: Tensor) -> Tensor:
+    return P.square().sum(1) / P.square().sum() * len(P)
+
+
+def step_of_adamw(P: Tensor, shares: Tensor, M: Tensor, correction: float, square: Tensor) -> Tensor:
+    """`P` with its rows divided by their usual size, as long as a step of AdamW."""
+    P = P / shares.sqrt().unsqueeze(1)
+    size = (M.norm() / correction / square.sqrt()).clamp(max=1)
+    cosine = ((P * M).sum() / (P.norm() * M.norm())).clamp(0.2, 1)
+    return size / cosine ** (2 * size).clamp(max=1) * P.numel() ** 0.5 * P / P.norm()
 
 
 # Layers --------------------------------------------------------------------------------------------------------------
@@ -175,7 +208,7 @@ class Reference:
                 self.recipe_step(gradients, X, D)
 
     def averaged(self, name: str, key: str, new: Tensor, decay: float | None = None) -> Tensor:
-        decay = self.config.decay if decay is None else decay
+        decay = weight(self.config.decay, self.steps) if decay is None else decay
         self.averages[name, key] = average(self.averages.get((name, key)), new, decay)
         return self.averages[name, key]
 
@@ -246,19 +279,39 @@ class Reference:
                 continue
             module = self.layers[layer]
             G = as_matrix(module, gradients[name])
-            A, B = self.factors(layer, G, X[layer], D[layer])
+            square = self.averaged(layer, "square", G.square().sum())
+            factors = self.factors(layer, G, X[layer], D[layer])
             M = beta * self.averages.get((layer, "momentum"), torch.zeros_like(G)) + (1 - beta) * G
             self.averages[layer, "momentum"] = M
-            P = beta * M + (1 - beta) * G if config.nesterov else M
-            for matrix, multiply in ((A, lambda power, P: P @ power), (B, lambda power, P: power @ P)):
-                if matrix is not None:
-                    P = multiply(inverse_power(*matrix, config.exponent), P)
-            parameter.sub_(self.lr * from_matrix(module, match_adamw(P).contiguous()))
+            N = beta * M + (1 - beta) * G if config.nesterov else M
+            P = self.precondition(N, factors)
+            shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
+            step = step_of_adamw(P, shares, M, 1 - beta**self.steps, square)
+            parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
 
-    def factors(self, name: str, G: Tensor, X: Tensor, D: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """The input side's factor A and the output side's factor B, each with its damping."""
+    def precondition(self, N: Tensor, factors) -> Tensor:
+        """`B^(−p) N A^(−p)`, with the exponents that the agreement of gradients asks for in `"eva_s"`."""
+        config = self.config
+        corrected = N / (1 - config.momentum ** (self.steps + config.nesterov))
+        powers = []
+        for side, projected in zip(factors, (corrected.T, corrected), strict=True):
+            if side is None:
+                powers.append(None)
+                continue
+            U, values, trace, damping = side
+            exponents = torch.full_like(values, config.exponent)
+            if config.variant == "eva_s":
+                exponents = exponents * (1 - agreement(U.T @ projected, values) / 2)
+            powers.append(inverse_powers(U, values, trace, damping, exponents))
+        A, B = powers
+        P = N if A is None else N @ A
+        return P if B is None else B @ P
+
+    def factors(self, name: str, G: Tensor, X: Tensor, D: Tensor) -> list[tuple[Tensor, ...] | None]:
+        """The input side's factor A and the output side's factor B: U, ℓ, trace and damping."""
         found = []
         a, g = self.means(name, X, D)
+        decay = weight(self.config.decay, self.steps)
         scale = len(D) if self.config.g_scale == "sum" else 1 / len(D)
         for side, mean, square, matrix in (
             ("A", a, X.square().sum() / len(X), G.T @ G),
@@ -268,15 +321,16 @@ class Reference:
                 trace = self.averaged(name, f"trace {side}", torch.trace(matrix))
                 d = len(matrix)
                 if (name, f"U {side}") not in self.averages:
-                    self.averages[name, f"U {side}"] = self.guess(d, min(self.config.rank, d))
+                    guess = self.guess(d, min(self.config.rank, d))
+                    self.averages[name, f"U {side}"] = first_basis(guess, matrix)
                 old = self.averages.get((name, f"Z {side}"))
-                Z, U, values = subspace_iteration(old, self.averages[name, f"U {side}"], matrix, self.config.decay)
+                Z, U, values = subspace_iteration(old, self.averages[name, f"U {side}"], matrix, decay)
                 self.averages[name, f"Z {side}"], self.averages[name, f"U {side}"] = Z, U
             else:
                 trace = self.averaged(name, f"trace {side}", square)
                 U, values = (mean / mean.norm()).unsqueeze(1), mean.square().sum().unsqueeze(0)
             relative = trace / len(U) if self.config.damping_mode == "relative" else 1
-            found.append((factor(U, values, trace), self.config.damping * relative))
+            found.append((U, values, trace, self.config.damping * relative))
         return [found[0], None if self.config.variant == "eva_f" else found[1]]
 
     def adam_direction(self, name: str, gradient: Tensor) -> Tensor:

@@ -68,25 +68,47 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     U, top = vectors[:, -rank:], values[-rank:]
     trace = values.sum()
-    basis, f = formula.factor_power(U * top, trace, damping, relative, exponent)
-    found = torch.eye(d, dtype=torch.float64) + basis @ torch.diag(f) @ basis.T
+    factor = formula.factor_levels(U * top, trace, damping, relative)
+    found = torch.eye(d, dtype=torch.float64)
+    formula.factored_([found], [factor], [None], exponent, None)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
     assert_near([found], [dense * (rest + epsilon) ** exponent], 1e-8)
-    assert f.max() <= 0
+    assert_near([factor[0] * factor[1]], [U * top], 1e-12)
+    assert factor[2].min() >= 1
 
 
 @few
-@given(dimension, dimension, seed, st.booleans(), st.booleans())
-def test_two_sides_multiply(d_out, d_in, seed, with_output, with_input):
+@given(dimension, dimension, seed, st.booleans(), st.booleans(), st.booleans())
+def test_two_sides_multiply(d_out, d_in, seed, with_output, with_input, agree):
     G, U, V = draw(seed, (d_out, d_in), (d_out, 1), (d_in, 1))
-    P = G.clone()
-    f = torch.tensor([-0.5], dtype=torch.float64)
-    left = torch.eye(d_out, dtype=G.dtype) - 0.5 * U @ U.T if with_output else torch.eye(d_out, dtype=G.dtype)
-    right = torch.eye(d_in, dtype=G.dtype) - 0.5 * V @ V.T if with_input else torch.eye(d_in, dtype=G.dtype)
-    formula.factored_([P], [(U, f) if with_output else None], [(V, f) if with_input else None])
+    U, V, P = U / U.norm(), V / V.norm(), G.clone()
+    ones = torch.ones(1, dtype=G.dtype)
+    sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
+    wanted = [sides["output"] if with_output else None], [sides["input"] if with_input else None]
+    formula.factored_([P], *wanted, 0.5, [0.5 * ones[0]] if agree else None)
+
+    def power(side, projection):
+        basis, value, level = sides[side]
+        agreement = min(1.0, 2 * projection.norm().item() / value.item() ** 0.5) if agree else 0.0
+        f = level ** (-0.5 * (1 - agreement / 2)) - 1
+        return torch.eye(len(basis), dtype=G.dtype) + f * basis @ basis.T
+
+    left = power("output", U.T @ G) if with_output else torch.eye(d_out, dtype=G.dtype)
+    right = power("input", G @ V) if with_input else torch.eye(d_in, dtype=G.dtype)
     assert_near([P], [left @ G @ right], 1e-10)
+
+
+def test_first_bases_are_the_subspaces_of_the_first_gradient():
+    U, V = (torch.linalg.qr(matrix)[0] for matrix in draw(0, (9, 3), (7, 3)))
+    G = U @ torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)) @ V.T
+    bases = [formula.initial_basis(9, 3, G), formula.initial_basis(7, 3, G)]
+    guesses = [basis.clone() for basis in bases]
+    formula.find_bases_(G * torch.nan, bases, torch.tensor(False))
+    assert_equal(bases, guesses)
+    formula.find_bases_(G, bases, torch.tensor(True))
+    assert_near([basis @ basis.T for basis in bases], [U @ U.T, V @ V.T], 1e-12)
 
 
 @few
@@ -156,12 +178,33 @@ def test_each_layer_has_its_learning_rate_in_the_kl_factor():
     torch.testing.assert_close(found.item(), math.sqrt(1e-3 / (0.01 * 2 + 0.04 * 3)))
 
 
-def test_updates_have_the_size_of_adamw():
-    updates = [*draw(0, (3, 4), (5, 2, 2)), torch.zeros(2, 2, dtype=torch.float64)]
-    scaled = [update * scale for update, scale in zip(updates, formula.adamw_scales(updates), strict=True)]
-    assert_near(scaled[:2], [reference.match_adamw(update) for update in updates[:2]], 1e-14)
-    assert_equal(scaled[2:], updates[2:])
-    assert scaled[0].square().mean().sqrt().item() == pytest.approx(0.2)
+def scales_of(P, M, correction, square, shares=None):
+    squares, products = formula.row_sums([P], [M])
+    shares = formula.row_shares(squares) if shares is None else [shares]
+    correction, square = (torch.tensor(value, dtype=P.dtype) for value in (correction, square))
+    return formula.row_scales(squares, products, shares, [M], [square], [correction])[0]
+
+
+@few
+@given(dimension, dimension, seed, st.floats(0.05, 1.0), st.floats(0.1, 1e4))
+def test_updates_have_the_size_of_adamw(d_out, d_in, seed, correction, square):
+    P, M, shares = draw(seed, (d_out, d_in), (d_out, d_in), (d_out,))
+    shares = shares.abs() + 0.1
+    square = torch.tensor(square, dtype=P.dtype)
+    found = P * scales_of(P, M, correction, square.item(), shares).unsqueeze(1)
+    assert_near([found], [reference.step_of_adamw(P, shares, M, correction, square)], 1e-12)
+
+
+def test_noise_and_signal_have_the_sizes_of_adamw():
+    """Entries of 1 where all gradients were alike; where they were noise, the share that momentum leaves of them."""
+    (G,) = draw(0, (30, 20))
+    G /= G.norm(dim=1, keepdim=True)  # the turn towards equal rows is none
+    same = scales_of(G, G, 1.0, G.square().sum().item()) * G.square().mean(1).sqrt()
+    assert_near([same], [torch.ones(30, dtype=G.dtype)], 1e-12)
+    M = draw(1, (30, 20))[0] * 0.16
+    noise = scales_of(M, M, 1.0, 600.0) * M.square().mean(1).sqrt()
+    assert noise.mean() == pytest.approx(0.16, rel=0.1)
+    assert_equal([scales_of(0 * M, M, 1.0, 600.0).isfinite()], [torch.ones(30, dtype=torch.bool)])
 
 
 @pytest.mark.parametrize("relative", [True, False])

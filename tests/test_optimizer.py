@@ -95,7 +95,7 @@ def test_conv1d_is_a_transposed_linear():
     transposed = nn.Sequential(conv1d(5, 6), nn.Tanh(), conv1d(4, 5)).double()
     for one, other in ((linear[0], transposed[0]), (linear[2], transposed[2])):
         other.weight.data, other.bias.data = one.weight.data.T.clone(), one.bias.data.clone()
-    for config in (*map(EvaConfig.paper, VARIANTS), *(EvaConfig(variant=variant) for variant in VARIANTS)):
+    for config in (*map(EvaConfig.paper, VARIANTS), *(EvaConfig(variant=variant, rank=1) for variant in VARIANTS)):
         pair = [copy.deepcopy(linear), copy.deepcopy(transposed)]
         for model in pair:
             train(model, create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=config))
@@ -147,7 +147,7 @@ def test_the_recipe(build, variant, rank, exponent):
     ],
 )
 def test_the_recipe_changed(variant, changes):
-    model, expected, _ = train_twice(mlp(), EvaConfig(variant=variant, **changes), lr=0.01)
+    model, expected, _ = train_twice(mlp(), EvaConfig(variant=variant, rank=1, **changes), lr=0.01)
     assert_near(model, expected, 1e-12)
 
 
@@ -164,7 +164,7 @@ def test_the_scale_of_the_loss_does_not_matter(config):
 def test_accumulation_does_not_matter(variant):
     models = [mlp(), mlp()]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [create_eva_optimizer(model, lr=0.01, config=EvaConfig(variant=variant)) for model in models]
+    optimizers = [create_eva_optimizer(model, lr=0.01, config=EvaConfig(variant=variant, rank=1)) for model in models]
     for step in range(STEPS):
         (x, y), *_ = data(models[0], seed=step)
         for model, optimizer, parts in zip(models, optimizers, (1, 4), strict=True):
@@ -183,7 +183,7 @@ def test_the_loss_falls(family, config):
     model = family.build()
     if config.kl_mode == "clip":
         config = replace(config, kl_clip=1e-4)  # the bound decides the size of a step, whatever the learning rate is
-    optimizer = create_eva_optimizer(model, lr=0.05 if config.base == "sgd" else 0.03, config=config)
+    optimizer = create_eva_optimizer(model, lr=0.05 if config.base == "sgd" else 0.01, config=config)
     found = []
     for _ in range(24):
         loss = model(**family.batch).loss
@@ -250,9 +250,7 @@ def test_the_first_gradient_is_the_first_that_has_a_direction(config):
         train(*pair, 2)
     one, other = map(statistics, models, optimizers)
     assert all(value.any() for value in other.values())
-    if config.rank > 1:  # the first step has turned the first guess: another one, and as good
-        one, other = ({key: value for key, value in found.items() if value.ndim < 2} for found in (one, other))
-    assert_equal(one, other)
+    assert_near(one, other, 1e-10)
 
 
 @every_config
@@ -449,8 +447,8 @@ def trained(config: EvaConfig | None = None) -> tuple[nn.Module, Eva]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (EvaConfig(rank=3), r"0 has eva_a\[6, 1\], eva_g\[5, 1\] where eva_a\[6, 3\], eva_g\[5, 3\] is expected"),
-        (EvaConfig.paper("eva"), r"0 has eva_a\[6, 1\].* where eva_a\[6\], eva_g\[5\] is expected"),
+        (EvaConfig(rank=3), r"0 has eva_a\[6, 6\], eva_g\[5, 5\].* where eva_a\[6, 3\], eva_g\[5, 3\].* is expected"),
+        (EvaConfig.paper("eva"), r"0 has eva_a\[6, 6\].* where eva_a\[6\], eva_g\[5\] is expected"),
         (EvaConfig.paper("eva_s"), r"where eva_v0\[5\], eva_v1\[6\] is expected"),
     ],
 )
