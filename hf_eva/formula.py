@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 2  # on the first gradient; a random first guess would take some twenty steps to find its subspaces
-LEAST_COSINE = 0.2  # of an update with its momentum: bounds the step of a layer whose momentum is all curvature
+LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
 
 _TINY = 1e-30  # keeps 0/0 at 0; far below any statistic of a layer that receives a gradient
 
@@ -280,7 +280,8 @@ def row_scales(
     Rows are divided by the root of their running share, as in NorMuon (Li et al., arXiv 2510.05491). An update of
     AdamW has entries of the size `c = ‖M̂‖ / sqrt(E‖G‖²)`: 1 where gradients agree, about 0.2 where they are noise. So
     has this one, where they are noise. Where they agree (`c ≥ ½`) it is longer, so that it goes as far along the
-    momentum as AdamW's size allows, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`; in between the cosine counts to the power `2c`.
+    momentum as AdamW's size allows, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`, up to twice as long; in between the cosine of update
+    and momentum counts to the power `2c`.
 
     Args:
         squares, products (list of `Tensor` of shape `(d_out,)`): from [`row_sums`].

@@ -115,7 +115,7 @@ def step_of_adamw(P: Tensor, shares: Tensor, M: Tensor, correction: float, squar
     """`P` with its rows divided by their usual size, as long as a step of AdamW."""
     P = P / shares.sqrt().unsqueeze(1)
     size = (M.norm() / correction / square.sqrt()).clamp(max=1)
-    cosine = ((P * M).sum() / (P.norm() * M.norm())).clamp(0.2, 1)
+    cosine = ((P * M).sum() / (P.norm() * M.norm())).clamp(0.5, 1)
     return size / cosine ** (2 * size).clamp(max=1) * P.numel() ** 0.5 * P / P.norm()
 
 
