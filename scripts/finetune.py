@@ -22,6 +22,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
 from itertools import chain
 from typing import Any
@@ -53,7 +54,7 @@ from hf_eva import EvaTrainer, EvaTrainingArguments, plan
 IMAGE_PROCESSOR = "ViTImageProcessorPil" if hasattr(transformers, "ViTImageProcessorPil") else "ViTImageProcessor"
 METRICS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "metrics")
 BAD_INPUT = (ValueError, OSError, ImportError, RuntimeError, datasets.exceptions.DatasetsError)
-Setup = tuple[DatasetDict, dict[str, Any]]  # the data, and the other arguments of the Trainer
+Setup = tuple[DatasetDict, dict[str, Any]]  # the data, and the other arguments of the Trainer with a `model_init`
 SUMMARY = {
     "train_loss": "training loss, mean of the run",
     "eval_loss": "evaluation loss",
@@ -113,9 +114,9 @@ def from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         raise ValueError(f"{auto_class.__name__} could not load {name!r}: {reason}") from error
 
 
-def load_model(auto_class: Any, args: ModelArguments, **options: Any) -> transformers.PreTrainedModel:
+def read_config(args: ModelArguments, **options: Any) -> transformers.PreTrainedConfig:
     if args.model_type is None:
-        return from_pretrained(auto_class, args.model_name_or_path, **options)
+        return from_pretrained(AutoConfig, args.model_name_or_path, **options)
     known = list(transformers.CONFIG_MAPPING)
     if args.model_type not in known:
         raise ValueError(f"unknown --model_type {args.model_type!r}{near_miss(args.model_type, known)}")
@@ -125,11 +126,17 @@ def load_model(auto_class: Any, args: ModelArguments, **options: Any) -> transfo
             config.update_from_string(args.config_overrides)
         except (ValueError, TypeError) as error:
             raise ValueError(f"--config_overrides do not fit a {args.model_type}: {error}") from error
+    return config
+
+
+def make_model(auto_class: Any, args: ModelArguments, config: Any) -> transformers.PreTrainedModel:
+    if args.model_type is None:
+        return from_pretrained(auto_class, args.model_name_or_path, config=config)
     return auto_class.from_config(config)
 
 
-def sequence_length(flag: str, asked: int | None, model: transformers.PreTrainedModel) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None) or 1024
+def sequence_length(flag: str, asked: int | None, config: transformers.PreTrainedConfig) -> int:
+    limit = getattr(config, "max_position_embeddings", None) or 1024
     if asked is not None and asked > limit:
         raise ValueError(f"--{flag} {asked} is more than the {limit} positions of the model")
     return asked or min(limit, 1024)
@@ -160,9 +167,9 @@ def sequence_classification(model_args: ModelArguments, args: DataArguments, dat
     tokenizer = from_pretrained(AutoTokenizer, tokenizer_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
     options = {"vocab_size": len(tokenizer)} if model_args.model_type else {}
-    model = load_model(AutoModelForSequenceClassification, model_args, **class_options(names), **options)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    length = sequence_length("max_seq_length", args.max_seq_length, model)
+    config = read_config(model_args, **class_options(names), **options)
+    config.pad_token_id = tokenizer.pad_token_id
+    length = sequence_length("max_seq_length", args.max_seq_length, config)
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         labels = [numbers[label] for label in rows[args.label_column]]
@@ -170,7 +177,7 @@ def sequence_classification(model_args: ModelArguments, args: DataArguments, dat
 
     data = data.map(encode, batched=True, remove_columns=data["train"].column_names)
     return data, {
-        "model": model,
+        "model_init": partial(make_model, AutoModelForSequenceClassification, model_args, config),
         "processing_class": tokenizer,
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_metrics": classification_metrics(names),
@@ -185,8 +192,8 @@ def causal_lm(model_args: ModelArguments, args: DataArguments, data: DatasetDict
         tokenizer = train_tokenizer(data["train"], args.text_column, model_args.vocab_size)
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     options = {"vocab_size": len(tokenizer), **special} if model_args.model_type else {}
-    model = load_model(AutoModelForCausalLM, model_args, **options)
-    size = sequence_length("block_size", args.block_size, model)
+    config = read_config(model_args, **options)
+    size = sequence_length("block_size", args.block_size, config)
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         tokens = list(chain(*tokenizer(rows[args.text_column], verbose=False)["input_ids"]))
@@ -197,15 +204,16 @@ def causal_lm(model_args: ModelArguments, args: DataArguments, data: DatasetDict
     for split, rows in data.items():
         if len(rows) == 0:
             raise ValueError(f"the {split} text is shorter than one block of {size} tokens: lower --block_size")
-    return data, {"model": model, "processing_class": tokenizer, "data_collator": default_data_collator}
+    model_init = partial(make_model, AutoModelForCausalLM, model_args, config)
+    return data, {"model_init": model_init, "processing_class": tokenizer, "data_collator": default_data_collator}
 
 
 def image_classification(model_args: ModelArguments, args: DataArguments, data: DatasetDict) -> Setup:
     check_columns(data, args, "image_column", "label_column")
     names, numbers = read_classes(data, args.label_column)
-    model = load_model(AutoModelForImageClassification, model_args, **class_options(names))
+    config = read_config(model_args, **class_options(names))
     if model_args.model_type:
-        side = getattr(model.config, "image_size", 224)
+        side = getattr(config, "image_size", 224)
         size = {"height": side, "width": side}
         processor = getattr(transformers, IMAGE_PROCESSOR)(size=size)  # resizes, and scales to -1..1
     else:
@@ -218,7 +226,7 @@ def image_classification(model_args: ModelArguments, args: DataArguments, data: 
 
     data = data.with_transform(encode)
     return data, {
-        "model": model,
+        "model_init": partial(make_model, AutoModelForImageClassification, model_args, config),
         "processing_class": processor,
         "data_collator": default_data_collator,
         "compute_metrics": classification_metrics(names),
@@ -232,29 +240,35 @@ TASKS = {
 }
 
 
-def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None, dict[str, Any]]:
-    """Returns trainer, checkpoint and facts of the card, or raises one of `BAD_INPUT` and leaves nothing behind."""
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, EvaTrainingArguments), argv, __doc__)
-    checkpoint = find_checkpoint(args, model_args.overwrite_output_dir)
+def set_up(model_args: ModelArguments, data_args: DataArguments) -> Setup:
+    """Returns the data as the model reads it, and how to make that model; raises one of `BAD_INPUT`."""
     if bool(model_args.model_name_or_path) == bool(model_args.model_type):
         raise ValueError("name the model with either --model_name_or_path or --model_type")
     if model_args.config_overrides and not model_args.model_type:
         raise ValueError("--config_overrides change a new model, so they need a --model_type")
+    return TASKS[data_args.task](model_args, data_args, load_data(data_args))
+
+
+def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None, dict[str, Any]]:
+    """Returns trainer, checkpoint and facts of the card, or raises one of `BAD_INPUT` and leaves nothing behind."""
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, EvaTrainingArguments), argv, __doc__)
+    checkpoint = find_checkpoint(args, model_args.overwrite_output_dir)
     if args.process_index > 0:
         datasets.disable_progress_bars()
-    transformers.set_seed(args.seed)  # a new head, or a whole new model, is drawn before there is a Trainer
     with args.main_process_first(desc="preparing the data"):
-        data, setup = TASKS[data_args.task](model_args, data_args, load_data(data_args))
+        data, setup = set_up(model_args, data_args)
+    transformers.set_seed(args.seed)  # a new head, or a whole new model, is drawn before there is a Trainer
+    model = setup.pop("model_init")()
     if checkpoint and glob(os.path.join(checkpoint, "model.safetensors*")):
         # The Trainer overlooks weights that are saved under their older names, as those of a ViT are.
-        setup["model"] = type(setup["model"]).from_pretrained(checkpoint)
+        model = type(model).from_pretrained(checkpoint)
     # The model knows no column by the name of the images, and the Trainer would drop it.
     args.remove_unused_columns &= data_args.task != "image-classification"
     if args.optim == "eva":
-        table = plan(setup["model"], args.optim_target_modules, args.eva_exclude, args.eva_config)
+        table = plan(model, args.optim_target_modules, args.eva_exclude, args.eva_config)
         if args.process_index == 0:
             print(table)
-    trainer = EvaTrainer(args=args, train_dataset=data["train"], eval_dataset=data["validation"], **setup)
+    trainer = EvaTrainer(model, args, train_dataset=data["train"], eval_dataset=data["validation"], **setup)
     source = data_args.dataset_name or data_args.train_file or data_args.train_dir
     return trainer, checkpoint, {"dataset": source, "finetuned_from": embedded.hub_id(model_args.model_name_or_path)}
 
