@@ -2,6 +2,7 @@
 # call installs only what changed.
 #
 #   make demo RECIPE=configs/recipes/vit.yaml        another recipe
+#   make bench CONFIG=configs/compare/smoke.yaml BENCH=runs/bench      whether the comparison runs, in two minutes
 #   make test TESTS=tests/test_optimizer.py          some of the tests
 #   make test PYTHON=python3.13                      another Python, for a new environment
 
@@ -19,6 +20,8 @@ LOWEST_TESTS ?= $(wildcard tests/test_imports.py tests/test_registration.py test
                            tests/test_model_card.py tests/test_main.py tests/scripts/test_finetune*.py tests/equivalence)
 WORKERS ?= 2
 
+CONFIG  ?= configs/compare/cpu.yaml
+BENCH   ?= benchmarks
 RECIPE  ?= configs/recipes/bert.yaml
 OUTPUT  ?= runs/demo
 LAUNCH  ?= configs/accelerate/auto_1.yaml
@@ -39,7 +42,7 @@ QUIET   := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DA
 PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-lowest lint format build clean clean-env
+.PHONY: help env demo bench test test-slow test-lowest lint format build clean clean-env
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +50,9 @@ help:  ## what can be made
 demo: $(if $(wildcard $(DEV)),$(DEV),$(EMBEDDED))  ## fine-tune a real BERT with Eva: a table, a plot and a model card in runs/demo
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --config_file $(LAUNCH) \
 		scripts/finetune.py $(RECIPE) --output_dir $(OUTPUT) --overwrite_output_dir true
+
+bench: $(DEV)  ## compare optimizers as CONFIG says: tables and plots in benchmarks/REPORT.md
+	$(BIN)/python scripts/compare.py $(CONFIG) --output $(BENCH)
 
 env: $(DEV)  ## the environment for all that follows; every other target makes it by itself
 

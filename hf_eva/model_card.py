@@ -85,10 +85,10 @@ def _hardware(args: Any) -> str:
     if args.device.type == "cuda":
         return f"{processes}one {torch.cuda.get_device_name(args.device)}"
     threads = torch.get_num_threads()
-    return f"{processes}{threads} CPU thread{'s' if threads > 1 else ''} of {_cpu_name()}"
+    return f"{processes}{threads} CPU thread{'s' if threads > 1 else ''} of {cpu_name()}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
