@@ -217,7 +217,7 @@ def test_killed_in_the_middle_no_run_is_done_twice(tmp_path, settings):
 def test_a_report_of_nothing_says_so(start, tmp_path):
     start("--stages", "report")
     report = (tmp_path / "REPORT.md").read_text()
-    assert "No results yet." in report and "not searched yet: adamw, eva" in report
+    assert "No results yet." in report and "Without results so far: images." in report
 
 
 # What a run is -------------------------------------------------------------------------------------------------------
