@@ -233,7 +233,7 @@ PEERS = {
     ),
     "muon": _peer(
         _layers(Muon, matrices_only=True, adjust_lr_fn="match_rms_adamw"),
-        8.0,
+        2.0,
         "torch.optim.Muon, adjust_lr_fn match_rms_adamw, float32 on a CPU; AdamW for convolutions too",
     ),
     "soap": _peer(_layers("pytorch_optimizer.SOAP"), 4.0, "pytorch_optimizer.SOAP", interval=10),
