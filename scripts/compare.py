@@ -5,6 +5,7 @@ r"""
 Compare optimizers: every one gets the same search of its learning rate, then the same schedules, seeds and tasks.
 
     python scripts/compare.py configs/compare/cpu.yaml
+    python scripts/compare.py configs/compare/cpu.yaml --quick
     python scripts/compare.py configs/compare/cpu.yaml --stages tune run --tasks gpt2 --optimizers adamw eva
 
 Curves over steps come from runs in parallel, seconds from a timing of their own on a machine that does nothing else.
@@ -16,6 +17,7 @@ import argparse
 import math
 import multiprocessing
 import os
+import statistics
 import sys
 import textwrap
 import traceback
@@ -54,14 +56,29 @@ def wanted(config: Config, results: Results, stages: list[str], pairs: list[tupl
         if (rate := tuned(config, results, task, optimizer)) is None:
             continue
         if "run" in stages:
-            for length in config.lengths:
-                steps = config.steps(task, length)
-                reported += [config.run(task, optimizer, rate, steps, seed) for seed in config.seeds]
+            reported += reported_runs(config, results, task, optimizer, rate)
         if "sweep" in stages and config.sweep and optimizer in config.sweep.optimizers:
             seed, steps = config.tuning.seeds[0], config.steps(task)
             sweeps += [config.run(task, optimizer, rate * factor, steps, seed) for factor in config.sweep.factors]
     runs = {run.key: run for run in [*searches, *reported, *sweeps]}
     return [run for run in runs.values() if not results.is_settled(run)]
+
+
+def reported_runs(config: Config, results: Results, task: str, optimizer: str, rate: float) -> list[Run]:
+    """Returns the runs on the reported seeds: shorter schedules only where the whole one can meet the target."""
+
+    def at(name: str, rate: float, length: float) -> list[Run]:
+        return [config.run(task, name, rate, config.steps(task, length), seed) for seed in config.seeds]
+
+    runs = at(optimizer, rate, 1.0)
+    if optimizer != config.baseline:
+        baseline = tuned(config, results, task, config.baseline)
+        targets = at(config.baseline, baseline, 1.0) if baseline else []
+        if not targets or not all(results.is_settled(run) for run in [*runs, *targets]):
+            return runs
+        if statistics.fmean(map(results.lowest, runs)) > statistics.fmean(map(results.loss, targets)):
+            return runs
+    return [run for length in config.lengths for run in at(optimizer, rate, length)]
 
 
 def count(config: Config, stages: list[str], pairs: list[tuple[str, str]]) -> int:
@@ -252,6 +269,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="What to do (default: all).")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="Only these tasks.")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="Only these optimizers.")
+    parser.add_argument("--quick", action="store_true", help="Two optimizers, two seeds, no search: whether it holds.")
     cores = os.cpu_count() or 1
     workers = 1 if torch.accelerator.is_available() else cores
     parser.add_argument("--workers", type=int, default=workers, help="Runs at a time, one thread each (%(default)s).")
@@ -270,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         config = read_config(args.config)
+        config = config.quick() if args.quick else config
         for flag in ("workers", "threads"):
             if getattr(args, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
@@ -278,7 +297,12 @@ def main(argv: list[str] | None = None) -> None:
         results = Results(os.path.join(args.output, config.name, "runs.csv"))
     except BAD_INPUT as error:
         stop(error)
-    pairs = [(task, name) for task in args.tasks or config.tasks for name in args.optimizers or config.optimizers]
+    pairs = [
+        (task, name)
+        for task in args.tasks or config.tasks
+        for name in config.contenders(task)
+        if name in (args.optimizers or config.optimizers)
+    ]
     try:
         run_all(config, results, args.stages, pairs, args.workers)
         if "time" in args.stages:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import types
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -112,6 +112,26 @@ class Config:
     def workloads(self) -> dict[str, Task]:
         return {name: _task(name, settings) for name, settings in self.tasks.items()}
 
+    def contenders(self, task: str) -> list[str]:
+        """The optimizers that are compared on a task: all, unless it has a list of its own."""
+        return list(self.tasks[task].get("optimizers", self.optimizers))
+
+    def quick(self) -> "Config":
+        """The subject against the baseline alone, without a search of the learning rate, on two seeds."""
+        both = dict.fromkeys([self.baseline, self.subject])
+        return replace(
+            self,
+            name=f"{self.name}-quick",
+            seeds=self.seeds[:2],
+            tuning=replace(self.tuning, budget=1),
+            optimizers={name: self.optimizers[name] for name in both},
+            tasks={task: settings | {"optimizers": list(both)} for task, settings in self.tasks.items()},
+            sweep=None,
+            timing=replace(self.timing, rounds=min(3, self.timing.rounds)),
+            highlight=[self.subject, self.baseline],
+            goals={name: goals for name, goals in self.goals.items() if name == self.baseline},
+        )
+
     def steps(self, task: str, length: float = 1.0) -> int:
         return max(1, round(self.workloads[task].max_steps * length))
 
@@ -194,6 +214,10 @@ def _check(config: Config) -> None:
         check_names(where, names, known)
     if not tasks:
         raise ValueError("tasks should name at least one task")
+    for task in tasks:
+        check_names(f"tasks.{task}.optimizers", config.contenders(task), optimizers)
+        if config.baseline not in config.contenders(task):
+            raise ValueError(f"tasks.{task}.optimizers should name the baseline, {config.baseline}")
     if not config.name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"name should be made of letters, digits, - and _, got {config.name!r}")
     if shared := set(config.seeds) & set(config.tuning.seeds):
@@ -247,7 +271,7 @@ def _task(name: str, settings: dict) -> Task:
     known = [f.name for kind in KINDS for f in fields(kind)]
     words = read_recipe(settings["recipe"], known) if "recipe" in settings else []
     for key, value in settings.items():
-        if key == "recipe":
+        if key in ("recipe", "optimizers"):
             continue
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}{near_miss(key, known)}")

@@ -106,7 +106,7 @@ def read_outcomes(config: Config, results: Results, runs: pd.DataFrame, times: p
     runs = runs[runs["status"] != "failed"]
     times = latest(times, config.digest(task, config.baseline))
     full, found = config.steps(task), {}
-    for name in config.optimizers:
+    for name in config.contenders(task):
         _, rates = search(config, results, task, name)
         lr = min(rates, key=lambda rate: (rates[rate], rate), default=math.nan)
         if not math.isfinite(rates.get(lr, math.inf)):

@@ -77,22 +77,26 @@ class Results:
     def __init__(self, path: str) -> None:
         self.path = path
         self._final: dict[tuple, float] = {}
+        self._lowest: dict[tuple, float] = {}
         self._failures: dict[tuple, int] = {}
         self._failed_now: set[tuple] = set()
-        ends = read_runs(path).query("step == steps")
-        for *key, status, loss in ends[[*KEY, "status", "eval_loss"]].itertuples(index=False):
-            self._note(tuple(key), status, loss)
+        runs = read_runs(path)
+        runs["lowest"] = runs.groupby([*KEY, "status"])["eval_loss"].transform("min")
+        ends = runs.query("step == steps")
+        for *key, status, loss, lowest in ends[[*KEY, "status", "eval_loss", "lowest"]].itertuples(index=False):
+            self._note(tuple(key), status, loss, lowest)
 
-    def _note(self, key: tuple, status: str, loss: float) -> None:
+    def _note(self, key: tuple, status: str, loss: float, lowest: float) -> None:
         if status == "failed":
             self._failures[key] = self._failures.get(key, 0) + 1
         else:
-            self._final[key] = loss
+            self._final[key], self._lowest[key] = loss, lowest
 
     def add(self, run: Run, status: str, rows: list[dict[str, float]]) -> None:
         head = dict(zip(COLUMNS, astuple(run), strict=False))
         append(self.path, pd.DataFrame([{**head, **row, "status": status} for row in rows], columns=COLUMNS))
-        self._note(run.key, status, rows[-1].get("eval_loss", math.nan))
+        losses = [row.get("eval_loss", math.nan) for row in rows]
+        self._note(run.key, status, losses[-1], min(losses))
         if status == "failed":
             self._failed_now.add(run.key)
 
@@ -104,3 +108,7 @@ class Results:
     def loss(self, run: Run) -> float:
         """The final evaluation loss of a settled run; infinite where the training diverged or failed."""
         return self._final.get(run.key, math.inf)
+
+    def lowest(self, run: Run) -> float:
+        """The lowest evaluation loss of a settled run; infinite where there is none."""
+        return self._lowest.get(run.key, math.inf)

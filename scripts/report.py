@@ -21,10 +21,10 @@ LONGEST = 2.0  # trainings of the baseline that the plot over time shows
 INTRODUCTION = """
 Target: the mean evaluation loss of the tuned {baseline} at the end of its whole schedule. Time to target: steps to
 target × time per step, in units of the whole training of {baseline}. The mean over the seeds has to meet the target,
-and the schedule that does so after the fewest steps counts, out of {lengths} of the full length. ± is half a 95 %
-interval over the seeds; p is Welch's test of the final loss against {baseline}; seeds are those that meet the target
-each by itself; state and memory are those of the optimizer alone and of the whole step. † marks a learning rate at the
-end of those that were tried.
+and the schedule that does so after the fewest steps counts, out of {lengths} of the full length; the shorter ones are
+run where the full one gets that low. ± is half a 95 % interval over the seeds; p is Welch's test of the final loss
+against {baseline}; seeds are those that meet the target each by itself; state and memory are those of the optimizer
+alone and of the whole step. † marks a learning rate at the end of those that were tried.
 """
 
 
@@ -89,7 +89,7 @@ def with_interval(values: Sequence[float], digits: int = 4) -> str:
 def task_section(config: Config, task: str, outcomes: Outcomes) -> str:
     rows = [task_row(name, one, outcomes) for name, one in outcomes.all.items()]
     lines = [f"### {task}\n", markdown(rows)]
-    if untuned := [name for name in config.optimizers if name not in outcomes.all]:
+    if untuned := [name for name in config.contenders(task) if name not in outcomes.all]:
         lines.append(f"Without a learning rate that converges, or not searched yet: {', '.join(untuned)}.\n")
     baseline = outcomes.baseline
     if baseline and baseline.earliest[1] < outcomes.full:
@@ -181,7 +181,7 @@ def robustness(config: Config, results: Results, found: dict[str, Outcomes]) -> 
 
 
 def conditions(config: Config, times: pd.DataFrame, source: str) -> str:
-    tuning, known = config.tuning, {config.digest(task, name) for task in config.tasks for name in config.optimizers}
+    tuning, known = config.tuning, {config.digest(task, name) for task in config.tasks for name in config.contenders(task)}
     places = times[times["digest"].isin(known)][["machine", "device", "versions"]].drop_duplicates()
     lines = [
         f"- `python scripts/compare.py {source}`",
