@@ -33,9 +33,13 @@ class LayerKind:
         rows, columns = _weight(module).shape
         return rows, columns
 
+    def matrices(self, stack: Tensor) -> Tensor:
+        """A view `(n, d_out, d_in)` of a contiguous stack of n tensors that are laid out as the module's weight."""
+        return stack
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """A view `(d_out, d_in)` of a tensor that is laid out as the module's weight."""
-        return tensor
+        return self.matrices(tensor.unsqueeze(0))[0]
 
     def rows(self, vector: Tensor, ndim: int) -> Tensor:
         """A view of a vector `(d_out,)` that broadcasts over a tensor of `ndim` axes laid out as the weight."""
@@ -63,8 +67,8 @@ class Conv1DKind(LayerKind):
         columns, rows = _weight(module).shape
         return rows, columns
 
-    def matrix(self, tensor: Tensor) -> Tensor:
-        return tensor.T
+    def matrices(self, stack: Tensor) -> Tensor:
+        return stack.mT
 
     def rows(self, vector: Tensor, ndim: int) -> Tensor:
         return vector
@@ -86,8 +90,8 @@ class Conv2dKind(LayerKind):
         channels, *patch = _weight(module).shape
         return channels, math.prod(patch)
 
-    def matrix(self, tensor: Tensor) -> Tensor:
-        return tensor.view(tensor.shape[0], -1)
+    def matrices(self, stack: Tensor) -> Tensor:
+        return stack.view(*stack.shape[:2], -1)
 
     def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
         assert isinstance(module, nn.Conv2d)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import base, formula
 from .capture import Capture, Statistics
 from .config import EvaConfig
 from .layers import Layer, working_dtype
 from .selection import Plan, statistics_shapes
+from .stacks import Scratch, Stack, stacks_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class Eva(torch.optim.Optimizer):
             self._capture = Capture(plan.model, self.layers, self.config.needs_output_gradients)
         self._warned: set[int] = set()
         self._steps = 0
+        self._scratch = Scratch()
+        self._stacked: tuple[list[tuple[Any, ...]], list[Stack]] = [], []
 
     def detach(self) -> None:
         """Remove the hooks from the model. Where there were any, all layers get the plain base rule from then on."""
@@ -114,195 +118,211 @@ class Eva(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        layers, updates, weights = self._observe()
+        statistics = self._capture.collect() if self._capture is not None else None
+        stacks = self._stacks(statistics)
         if self.config.base == "sgd":
-            self._sgd_step(layers, updates)
+            self._sgd_step(stacks, statistics)
         else:
-            self._adamw_step(layers, updates, weights)
+            self._adamw_step(stacks, statistics)
         return loss
 
-    def _adamw_step(self, layers: Sequence[Layer], updates: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    def _stacks(self, statistics: Sequence[Statistics] | None) -> list[Stack]:
+        """The layers that this step preconditions, in stacks."""
+        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        ready = []
+        for index, layer in enumerate(self.layers):
+            gradient = layer.weight.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse or hasattr(gradient, "device_mesh"):
+                kind = "sparse" if gradient.is_sparse else "sharded"
+                raise RuntimeError(
+                    f"Layer {layer.name!r} has a {kind} gradient, which Eva cannot precondition: exclude the layer "
+                    "from the plan, or train with dense gradients on every process, as under DDP."
+                )
+            if statistics is None or self._was_called(index, layer, statistics[index]):
+                has_bias = self.config.includes_bias and layer.bias is not None and layer.bias.grad is not None
+                ready.append((index, layer, groups[id(layer.weight)], has_bias))
+        # Stacks are kept as long as nothing that they were made from changes.
+        key = [
+            (index, id(layer.weight), layer.weight.dtype, layer.weight.device, id(group), has_bias)
+            for index, layer, group, has_bias in ready
+        ]
+        if key != self._stacked[0]:
+            self._stacked = key, stacks_of(ready)
+        return self._stacked[1]
+
+    def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
-        if layers:
-            momenta = [self._momentum(layer) for layer in layers]
-            base.momentum_(updates, momenta, self.config.momentum, self.config.nesterov)
-            self._precondition(layers, updates, [None] * len(layers))
-            scales = self._row_scales(layers, updates, momenta, weights)
-            groups = self._groups()
-            for layer, update, scale in zip(layers, updates, scales, strict=True):
-                rows, group = layer.kind.rows(scale, update.ndim), groups[id(layer.weight)]
-                base.decoupled_(layer.weight, update, rows, group["lr"], group["weight_decay"])
-        planned = {id(layer.weight) for layer in layers}
+        config = self.config
+        for stack in stacks:
+            gradients = stack.gradients(self._scratch)
+            matrices = stack.kind.matrices(gradients)
+            weights = self._observe(stack, gradients, statistics)
+            momenta = [self._momentum(layer) for layer in stack.layers]
+            base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov)
+            self._precondition_(stack, gradients, None)
+            scales = self._row_scales(stack, matrices, momenta, weights)
+            for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
+                rows = layer.kind.rows(scale, update.ndim)
+                base.decoupled_(layer.weight, update, rows, stack.group["lr"], stack.group["weight_decay"])
+        planned = {id(layer.weight) for stack in stacks for layer in stack.layers}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
             if others:
                 base.adamw_(others, self.state, group)
 
-    def _row_scales(
-        self, layers: Sequence[Layer], updates: Sequence[Tensor], momenta: Sequence[Tensor], weights: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _row_scales(self, stack: Stack, updates: Tensor, momenta: Sequence[Tensor], weights: Tensor) -> Tensor:
         """What the rows of each update are multiplied with, see [`formula.row_scales`]."""
-        states = [self.state[layer.weight] for layer in layers]
-        updates = [layer.kind.matrix(update) for layer, update in zip(layers, updates, strict=True)]
-        momenta = [layer.kind.matrix(buffer) for layer, buffer in zip(layers, momenta, strict=True)]
-        squares, products = formula.row_sums(updates, momenta)
-        shares = [state["eva_rows"] for state in states]
-        formula.update_averages_(shares, formula.row_shares(squares), weights)
+        norms = torch.stack(list(torch._foreach_norm(list(momenta))))
+        squares, products = formula.row_sums(updates, [stack.kind.matrix(buffer) for buffer in momenta])
+        shares = formula.averaged(stack.read(self.state, "eva_rows"), formula.row_shares(squares), weights)
+        stack.write(self.state, "eva_rows", shares)
         return formula.row_scales(
             squares,
             products,
             shares,
-            momenta,
-            [state["eva_square"] for state in states],
-            [self._correction(state, nesterov=False) for state in states],
+            norms,
+            momenta[0].numel(),
+            stack.read(self.state, "eva_square"),
+            self._corrections(stack, nesterov=False),
         )
 
-    def _correction(self, state: dict[str, Tensor], nesterov: bool) -> Tensor:
+    def _corrections(self, stack: Stack, nesterov: bool) -> Tensor:
         """What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead."""
-        return 1 - self.config.momentum ** (state["eva_updates"] + nesterov)
+        return 1 - self.config.momentum ** (stack.read(self.state, "eva_updates") + nesterov)
 
-    def _sgd_step(self, layers: Sequence[Layer], updates: Sequence[Tensor]) -> None:
+    def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
         config = self.config
-        weights = [layer.weight for layer in layers]
-        biases = [_with_gradient(layer.bias) if config.includes_bias else None for layer in layers]
-        bias_updates = [None if bias is None else _working_gradient(bias) for bias in biases]
-        all_updates = [*updates, *(update for update in bias_updates if update is not None)]
-
-        norms = torch._foreach_norm(all_updates) if layers and config.kl_mode == "rescale" else []
-        inner = self._precondition(layers, updates, bias_updates)
-        if layers and config.kl_mode == "clip":
-            groups = self._groups()
-            lrs = [groups[id(weight)]["lr"] for weight in weights]
-            torch._foreach_mul_(all_updates, formula.kl_factor(inner, lrs, config.kl_clip))
-        elif layers and config.kl_mode == "rescale":
-            torch._foreach_mul_(all_updates, formula.rescale_factor(norms, torch._foreach_norm(all_updates)))
-        for parameter, update in zip([*weights, *(b for b in biases if b is not None)], all_updates, strict=True):
-            if parameter.grad is not None and parameter.grad is not update:  # computed on a copy in higher precision
-                parameter.grad.copy_(update)
+        updates: list[Tensor] = []
+        inner: list[Tensor] = []
+        before: list[Tensor] = []
+        for stack in stacks:
+            gradients, biases = stack.gradients(self._scratch), stack.bias_gradients()
+            self._observe(stack, gradients, statistics)
+            if config.kl_mode == "rescale":
+                before += torch._foreach_norm([gradients, *([] if biases is None else [biases])])
+            inner.append(self._precondition_(stack, gradients, biases))
+            updates += stack.write_gradients(gradients, biases)
+        factor = self._size_factor(stacks, inner, before, updates)
+        if updates and factor is not None:
+            torch._foreach_mul_(updates, factor)
         for group in self.param_groups:
             present = [parameter for parameter in group["params"] if parameter.grad is not None]
             if present:
                 base.sgd_(present, self.state, group, config.momentum, config.nesterov)
 
-    def _groups(self) -> dict[int, dict[str, Any]]:
-        """The group of each parameter, by the parameter's id."""
-        return {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+    def _size_factor(
+        self, stacks: Sequence[Stack], inner: Sequence[Tensor], before: Sequence[Tensor], updates: Sequence[Tensor]
+    ) -> Tensor | float | None:
+        """What all directions together are multiplied with, see [`formula.eva_`] for the share of the damping."""
+        config = self.config
+        if config.kl_mode == "rescale" and updates:
+            return formula.rescale_factor(before, torch._foreach_norm(updates))
+        is_divided = config.curvature == "joint" and config.needs_inputs and config.damping_mode == "absolute"
+        scale = 1 / config.damping if is_divided else 1.0
+        if config.kl_mode == "clip" and updates:
+            return scale * formula.kl_factor(
+                [values * scale for values in inner], [stack.group["lr"] for stack in stacks], config.kl_clip
+            )
+        return scale if is_divided else None
 
-    def _observe(self) -> tuple[list[Layer], list[Tensor], list[Tensor]]:
-        """
-        Bring the running averages up to date; returns the layers that this step preconditions, their gradients, and
-        the weights of this step in their averages.
-        """
-        statistics = self._capture.collect() if self._capture is not None else [None] * len(self.layers)
-        layers, gradients, weights = [], [], []
-        for index, (layer, values) in enumerate(zip(self.layers, statistics, strict=True)):
-            grad = layer.weight.grad
-            if grad is None:
-                continue
-            if grad.is_sparse or hasattr(grad, "device_mesh"):
-                kind = "sparse" if grad.is_sparse else "sharded"
-                raise RuntimeError(
-                    f"Layer {layer.name!r} has a {kind} gradient, which Eva cannot precondition: exclude the layer "
-                    "from the plan, or train with dense gradients on every process, as under DDP."
-                )
-            gradient = _working_gradient(layer.weight)
-            square = torch.linalg.vector_norm(gradient).square()
-            valid = (square > 0) & square.isfinite()
-            if values is None:
-                weight = self._observe_gradient(layer, gradient, valid)
-            else:
-                weight = self._observe_tokens(layer, values, valid)
-                if not self._was_called(index, layer):
-                    continue
-            state = self.state[layer.weight]
-            if "eva_square" in state:
-                formula.update_averages_([state["eva_square"]], [square], [weight])
-            layers.append(layer)
-            gradients.append(gradient)
-            weights.append(weight)
-        return layers, gradients, weights
+    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> Tensor:
+        """Bring the running averages up to date; returns the weights of this step in them, of shape `(n,)`."""
+        for layer in stack.layers:
+            self._create_state(layer)
+        squares = torch.linalg.vector_norm(gradients.flatten(1), dim=1).square()
+        valid = (squares > 0) & squares.isfinite()
+        if statistics is None:
+            weights = self._observe_gradients(stack, gradients, valid)
+        else:
+            weights = self._observe_tokens(stack, [statistics[index] for index in stack.indices], valid)
+        if "eva_square" in self.state[stack.layers[0].weight]:
+            self._average(stack, "eva_square", squares, weights)
+        return weights
 
-    def _observe_tokens(self, layer: Layer, values: Statistics, valid: Tensor) -> Tensor:
+    def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], valid: Tensor) -> Tensor:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
-        state = self._statistics(layer)
-        valid = valid & (values.tokens > 0) & values.a_square.isfinite() & values.g_square.isfinite()
-        weight = self._average_weight(state, valid)
-        new = {"eva_a": values.a, "eva_a_square": values.a_square}
+        tokens, a, a_squares, g, g_squares = (
+            torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
+        )
+        valid = valid & (tokens > 0) & a_squares.isfinite() & g_squares.isfinite()
+        weights = self._average_weights(stack, valid)
+        new = {"eva_a": a, "eva_a_square": a_squares}
         if self.config.needs_output_gradients:
-            g_scale = values.tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else 1.0
-            new |= {"eva_g": values.g * g_scale, "eva_g_square": values.g_square * g_scale**2}
-        formula.update_averages_([state[key] for key in new], list(new.values()), [weight] * len(new))
-        return weight
+            scales = tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else torch.ones_like(tokens)
+            new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
+        for key, values in new.items():
+            self._average(stack, key, values, weights)
+        return weights
 
-    def _observe_gradient(self, layer: Layer, gradient: Tensor, valid: Tensor) -> Tensor:
+    def _observe_gradients(self, stack: Stack, gradients: Tensor, valid: Tensor) -> Tensor:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
-        state = self._statistics(layer)
-        is_first = valid & (state["eva_updates"] == 0)
-        weight = self._average_weight(state, valid)
+        is_first = valid & (stack.read(self.state, "eva_updates") == 0)
+        weights = self._average_weights(stack, valid)
         if self.config.curvature == "joint":
-            means = formula.axis_means(gradient)
-            averages = [state[f"eva_v{i}"] for i in range(len(means))]
-            formula.update_averages_(averages, means, [weight] * len(means))
-            return weight
-        matrix, bases = layer.kind.matrix(gradient), [state["eva_g"], state["eva_a"]]
+            for axis, means in enumerate(formula.axis_means(gradients)):
+                self._average(stack, f"eva_v{axis}", means, weights)
+            return weights
+        matrices = stack.kind.matrices(gradients)
+        bases = [stack.read(self.state, key) for key in ("eva_g", "eva_a")]
         if self._steps <= SEARCH_STEPS:
-            formula.find_bases_(matrix, bases, is_first)
-        formula.update_bases_(bases, formula.gram_images(matrix, *bases), [weight, weight])
-        return weight
+            bases = formula.find_bases(matrices, *bases, is_first)
+        images = formula.gram_images(matrices, *(formula.unit_columns(basis) for basis in bases))
+        for key, basis, image in zip(("eva_g", "eva_a"), bases, images, strict=True):
+            stack.write(self.state, key, formula.subspace_step(basis, image, weights))
+        return weights
 
-    def _precondition(
-        self, layers: Sequence[Layer], grads: Sequence[Tensor], biases: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+    def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None) -> Tensor:
         """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer where a KL clip needs it."""
         config = self.config
         relative = config.damping_mode == "relative"
-        states = [self.state[layer.weight] for layer in layers]
-        matrices = [layer.kind.matrix(grad) for layer, grad in zip(layers, grads, strict=True)]
+        matrices = stack.kind.matrices(gradients)
         if config.curvature == "factored":
-            outputs = [self._factor(layer, "eva_g") for layer in layers]
-            inputs = [self._factor(layer, "eva_a") for layer in layers]
-            before = [matrix.clone() for matrix in matrices] if config.kl_mode == "clip" else []
+            before = matrices.clone() if config.kl_mode == "clip" else None
             is_momentum = config.base == "adamw" and config.variant == "eva_s"
-            corrections = [self._correction(state, config.nesterov) for state in states] if is_momentum else None
-            formula.factored_(matrices, outputs, inputs, config.exponent, corrections)
-            return [torch.sum(p * g) for p, g in zip(matrices, before, strict=False)]
-        if config.variant == "eva":
-            a, g = [state["eva_a"] for state in states], [state["eva_g"] for state in states]
-            return formula.eva_(matrices, biases, a, g, config.damping, relative)
+            corrections = self._corrections(stack, config.nesterov) if is_momentum else None
+            output, input = self._factors(stack, "eva_g"), self._factors(stack, "eva_a")
+            formula.factored_(matrices, output, input, config.exponent, corrections)
+            return torch.empty(0) if before is None else (before * matrices).sum((1, 2))
+        if config.variant == "eva_s":
+            vectors = [stack.read(self.state, f"eva_v{axis}") for axis in range(gradients.ndim - 1)]
+            return formula.eva_s_(gradients, vectors, config.damping, relative)
+        a = stack.read(self.state, "eva_a")
         if config.variant == "eva_f":
-            return formula.eva_f_(matrices, biases, [state["eva_a"] for state in states], config.damping, relative)
-        vectors = [[state[f"eva_v{i}"] for i in range(g.ndim)] for state, g in zip(states, grads, strict=True)]
-        return formula.eva_s_(grads, vectors, config.damping, relative)
+            return formula.eva_f_(matrices, biases, a, config.damping, relative)
+        return formula.eva_(matrices, biases, a, stack.read(self.state, "eva_g"), config.damping, relative)
 
-    def _factor(self, layer: Layer, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
-        """One side's factor, see [`formula.factor_levels`], or `None` where the variant has no such side."""
-        state = self.state[layer.weight]
-        if side not in state:
-            return None
-        if self.config.variant == "eva_s":
-            basis, trace = state[side], state["eva_square"]
-        else:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
-            basis = (state[side] * torch.linalg.vector_norm(state[side])).unsqueeze(1)
-            trace = state[f"{side}_square"]
+    def _factors(self, stack: Stack, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The factors of one side, see [`formula.factor_levels`], or `None` where the variant has no such side."""
         config = self.config
-        return formula.factor_levels(basis, trace, config.damping, config.damping_mode == "relative")
+        if side not in self.state[stack.layers[0].weight]:
+            return None
+        bases = stack.read(self.state, side)
+        if config.variant == "eva_s":
+            traces = stack.read(self.state, "eva_square")
+        else:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
+            bases = (bases * torch.linalg.vector_norm(bases, dim=1, keepdim=True)).unsqueeze(2)
+            traces = stack.read(self.state, f"{side}_square")
+        return formula.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
 
-    def _average_weight(self, state: dict[str, Tensor], valid: Tensor) -> Tensor:
+    def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> None:
+        stack.write(self.state, key, formula.averaged(stack.read(self.state, key), values, weights))
+
+    def _average_weights(self, stack: Stack, valid: Tensor) -> Tensor:
         """Weight of a layer's n-th valid value: `decay`, but at least `1/n`; 0 for an invalid one."""
-        updates = state["eva_updates"]
-        weight = (updates + 1).reciprocal().clamp_min(self.config.decay) * valid
-        updates.add_(valid)
-        return weight
+        updates = stack.read(self.state, "eva_updates")
+        stack.write(self.state, "eva_updates", updates + valid)
+        return (updates + 1).reciprocal().clamp_min(self.config.decay) * valid
 
-    def _statistics(self, layer: Layer) -> dict[str, Tensor]:
-        """A layer's state with all its statistics: zeros, and random bases, before the first gradient."""
+    def _create_state(self, layer: Layer) -> None:
+        """All statistics of a layer that has none yet: zeros, and random bases."""
         state = self.state[layer.weight]
-        for key, shape in statistics_shapes(layer, self.config).items():
-            if key not in state:
+        if "eva_updates" not in state:
+            for key, shape in statistics_shapes(layer, self.config).items():
                 like = self._zeros(layer, shape)
                 state[key] = formula.initial_basis(*shape, like) if len(shape) == 2 else like
-        return state
 
     def _momentum(self, layer: Layer) -> Tensor:
         state = self.state[layer.weight]
@@ -313,11 +333,14 @@ class Eva(torch.optim.Optimizer):
     def _zeros(self, layer: Layer, shape: Sequence[int]) -> Tensor:
         return torch.zeros(shape, dtype=working_dtype(layer.weight), device=layer.weight.device)
 
-    def _was_called(self, index: int, layer: Layer) -> bool:
+    def _was_called(self, index: int, layer: Layer, statistics: Statistics) -> bool:
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
         assert self._capture is not None
+        if index in self._capture.called:
+            return True
         # The read of a device value happens only where this process never called the layer: another one may have.
-        if index in self._capture.called or bool(self.state[layer.weight]["eva_updates"] > 0):
+        updates = self.state[layer.weight].get("eva_updates", 0)
+        if bool((statistics.tokens > 0) | (updates > 0)):
             return True
         if index not in self._warned:
             self._warned.add(index)
@@ -371,19 +394,6 @@ class Eva(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
-
-
-def _working_gradient(parameter: Tensor) -> Tensor:
-    """The gradient itself in float32 or float64, a float32 copy of it in a lower precision; contiguous."""
-    grad = parameter.grad
-    assert grad is not None
-    if not grad.is_contiguous():  # a convolution in channels-last memory; its matrix must be a view
-        grad = parameter.grad = grad.contiguous()
-    return grad.to(working_dtype(grad))
-
-
-def _with_gradient(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    return parameter if parameter is not None and parameter.grad is not None else None
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
