@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,15 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
+
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused AdamW and SGD know
+
+
+def can_fuse(params: Iterable[Tensor | dict[str, Any]]) -> bool:
+    """Whether torch has fused AdamW and SGD for all parameters, or groups of them."""
+    groups = (entry["params"] if isinstance(entry, dict) else [entry] for entry in params)
+    tensors = [tensor for group in groups for tensor in ([group] if isinstance(group, Tensor) else group)]
+    return all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in tensors)
 
 
 def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,87 +31,96 @@ def averaged(average: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 0, average.lerp(value, weight), average)
 
 
-def eva_(
+class Correction(NamedTuple):
+    """
+    What turns gradients into directions, `P = G + columns @ rows`, and products of both without a look at `P`.
+
+    Shapes: `columns` and `images = G rowsᵀ` are `(n, d_out, k)`, `rows` is `(n, k, d_in)`. Of a bias, whose gradient
+    is the last column of `G`, the last entry of each row is 1 and left out of `rows`.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    images: Tensor
+
+    def apply_(self, grads: Tensor, biases: Tensor | None = None) -> None:
+        grads.baddbmm_(self.columns, self.rows)
+        if biases is not None:
+            biases.add_(self.columns.sum(2))
+
+    def products(self, squares: Tensor) -> Tensor:
+        """`⟨P, G⟩` of every row, from the rows' `‖G‖²`; both `(n, d_out)`."""
+        return squares + (self.columns * self.images).sum(2)
+
+    def squares(self, squares: Tensor) -> Tensor:
+        """`‖P‖²` of every row, from the rows' `‖G‖²`; both `(n, d_out)`."""
+        half = self.images + self.columns.bmm(self.rows.bmm(self.rows.mT)) / 2
+        # What remains of a row that is removed almost entirely is rounding.
+        return torch.maximum(squares + 2 * (self.columns * half).sum(2), squares * _eps(squares))
+
+
+def eva(
     grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool
-) -> Tensor:
+) -> Correction:
     """
     Eva: `P = G − gᵀGa / (γ + ‖a‖²‖g‖²) · g aᵀ`, which is γ times the solution of `(v vᵀ + γI) X = G`, `v = g ⊗ a`.
 
     With `relative=True`, `γ = damping · ‖a‖²‖g‖²`. The factor 1/γ is the caller's: it is one number for all layers
     where the damping is absolute, and left out where it is relative, so that the scale of `P` is that of `G` whatever
     the loss is multiplied by.
-
-    Returns:
-        `⟨P, G⟩` per layer, of shape `(n,)`.
     """
-    a_norm, g_norm = _dot(a, a), _dot(g, g)
-    s = _dot(g, _apply(grads, a))
+    a_norm, image = _dot(a, a), _apply(grads, a)
     if biases is not None:
-        a_norm = a_norm + 1
-        s = s + _dot(g, biases)
-    return _remove_component_(grads, biases, a, g, s, s, a_norm * g_norm, damping, relative)
+        a_norm, image = a_norm + 1, image + biases
+    coefficient = _dot(g, image) / _damped(a_norm * _dot(g, g), damping, relative)
+    return _rank_one(-g * coefficient.unsqueeze(1), a, image)
 
 
-def eva_f_(grads: Tensor, biases: Tensor | None, a: Tensor, damping: float, relative: bool) -> Tensor:
+def eva_f(grads: Tensor, biases: Tensor | None, a: Tensor, damping: float, relative: bool) -> Correction:
     """
     Eva-f, FOOF with vectors: `P = G − (Ga) aᵀ / (γ + ‖a‖²)`, which is γ times the solution of `X (a aᵀ + γI) = G`.
 
-    `relative`, the factor 1/γ and the returned value are as in [`eva_`], with `γ = damping · ‖a‖²`.
+    `relative` and the factor 1/γ are as in [`eva`], with `γ = damping · ‖a‖²`.
     """
-    a_norm, projected = _dot(a, a), _apply(grads, a)
+    a_norm, image = _dot(a, a), _apply(grads, a)
     if biases is not None:
-        a_norm = a_norm + 1
-        projected = projected + biases
-    one, s = torch.ones_like(a_norm), _dot(projected, projected)
-    return _remove_component_(grads, biases, a, projected, one, s, a_norm, damping, relative)
+        a_norm, image = a_norm + 1, image + biases
+    return _rank_one(-image / _damped(a_norm, damping, relative).unsqueeze(1), a, image)
 
 
-def _remove_component_(
-    grads: Tensor,
-    biases: Tensor | None,
-    a: Tensor,
-    column: Tensor,
-    s: Tensor,
-    projection: Tensor,
-    curvature: Tensor,
-    damping: float,
-    relative: bool,
-) -> Tensor:
-    """`G ← G − s / (γ + curvature) · column aᵀ`. Returns `⟨P, G⟩`, for which `projection` is `⟨column aᵀ, G⟩`."""
-    square = _squares(grads) if biases is None else _squares(grads) + _dot(biases, biases)
-    gamma = (damping * curvature).clamp_min(_TINY) if relative else damping
-    coefficient = s / (gamma + curvature)
-    column = column * coefficient.unsqueeze(1)
-    grads.baddbmm_(column.unsqueeze(2), a.unsqueeze(1), alpha=-1)
-    if biases is not None:
-        biases.sub_(column)
-    return square - coefficient * projection
-
-
-def axis_means(grads: Tensor) -> list[Tensor]:
-    """Eva-s's vectors: for each axis of gradients of order k ≥ 2, its mean over all other axes, of shape `(n, d)`."""
-    axes = range(1, grads.ndim)
-    return [grads.mean(dim=[j for j in axes if j != i]) for i in axes]
-
-
-def eva_s_(grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bool) -> Tensor:
+def eva_s(grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bool) -> Correction:
     """
-    Eva-s, Shampoo with vectors: `P = G − ⟨G,V⟩ / (γ + ∏‖v_i‖²) · V` with `V = v_1 ∘ … ∘ v_k`, then rescaled to
-    `‖P‖ = ‖G‖`. Gradients `(n, d_1, …, d_k)` of any order k ≥ 2. `relative` and the returned value are as in [`eva_`].
+    Eva-s, Shampoo with vectors: `P = G − ⟨G,V⟩ / (γ + ∏‖v_i‖²) · V` with `V = v_1 ∘ … ∘ v_k`, for gradients of any
+    order k ≥ 2 as matrices `(n, d_1, d_2 ⋯ d_k)`. `relative` is as in [`eva`]; that `P` gets the norm of `G` is left
+    to [`restore_norms_`].
     """
     first, last = vectors[0], vectors[1]
     for vector in vectors[2:]:
         last = (last.unsqueeze(2) * vector.unsqueeze(1)).flatten(1)
-    matrices = grads.view(*first.shape, -1) if grads.ndim > 3 else grads
-    curvature = _dot(first, first) * _dot(last, last)
-    gamma = (damping * curvature).clamp_min(_TINY) if relative else damping
-    s = _dot(first, _apply(matrices, last))
-    square = _squares(matrices)
-    coefficient = s / (gamma + curvature)
-    matrices.baddbmm_((first * coefficient.unsqueeze(1)).unsqueeze(2), last.unsqueeze(1), alpha=-1)
-    ratio = square.sqrt() / _squares(matrices).sqrt().clamp_min(_TINY)
-    matrices.mul_(_over(ratio, matrices))
-    return ratio * (square - coefficient * s)
+    image = _apply(grads, last)
+    coefficient = _dot(first, image) / _damped(_dot(first, first) * _dot(last, last), damping, relative)
+    return _rank_one(-first * coefficient.unsqueeze(1), last, image)
+
+
+def _damped(curvature: Tensor, damping: float, relative: bool) -> Tensor:
+    return curvature + ((damping * curvature).clamp_min(_TINY) if relative else damping)
+
+
+def _rank_one(column: Tensor, row: Tensor, image: Tensor) -> Correction:
+    return Correction(column.unsqueeze(2), row.unsqueeze(1), image.unsqueeze(2))
+
+
+def axis_means(grads: Tensor) -> list[Tensor]:
+    """Eva-s's vectors: for each axis of gradients `(n, d_1, …, d_k)`, its mean over all other axes, `(n, d_i)`."""
+    axes = range(1, grads.ndim)
+    return [grads.mean(dim=[j for j in axes if j != i]) for i in axes]
+
+
+def restore_norms_(directions: Tensor, squares: Tensor) -> Tensor:
+    """Bring each direction to the norm whose square is given; returns the factors, of shape `(n,)`."""
+    ratios = squares.sqrt() / squared_norms(directions).sqrt().clamp_min(_TINY)
+    directions.mul_(_over(ratios, directions))
+    return ratios
 
 
 def kl_factor(inner: Sequence[Tensor], lrs: Sequence[float], kl_clip: float) -> Tensor:
@@ -147,38 +157,39 @@ def factor_levels(bases: Tensor, traces: Tensor, damping: float, relative: bool)
     return unit_columns(bases, values), values, ((values + shift) / (rest + shift)).clamp_min(1.0)
 
 
-def factored_(
+def factored(
     grads: Tensor,
     output: tuple[Tensor, Tensor, Tensor] | None,
     input: tuple[Tensor, Tensor, Tensor] | None,
     exponent: float,
     corrections: Tensor | None,
-) -> None:
+) -> Correction:
     """
-    `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out.
+    `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out, but not both.
 
     With `corrections` of shape `(n,)`, which divide `G` as Adam's do its momentum, p is `exponent` for a direction
     whose `G` is noise and goes down to half of it where gradients agree:
     `p = exponent · (1 − ½ min(1, ‖uᵀĜ‖ / sqrt(ℓ)))`. Where they agree, `ℓ` is the square of what is to be followed,
     and both sides to the power ½ would turn it upside down.
     """
-    columns, rows = [], []  # P = G + columns @ rows: one rewrite of G for both sides
+    columns, rows, images = [], [], []
     if input is not None:
         basis, values, levels = input
-        column = grads.bmm(basis)
-        f = _power(levels, exponent, column_norms(column), values, corrections)
-        columns.append(column * f.unsqueeze(1))
+        image = grads.bmm(basis)
+        f = _power(levels, exponent, column_norms(image), values, corrections)
+        columns.append(image * f.unsqueeze(1))
         rows.append(basis.mT)
+        images.append(image)
     if output is not None:
         basis, values, levels = output
         row = basis.mT.bmm(grads)
         f = _power(levels, exponent, _norm(row, dim=2), values, corrections)
-        if columns:
+        if input is not None:
             row.baddbmm_(basis.mT.bmm(columns[0]), rows[0])
         columns.append(basis * f.unsqueeze(1))
         rows.append(row)
-    if columns:
-        grads.baddbmm_(torch.cat(columns, 2), torch.cat(rows, 1))
+        images.append(grads.bmm(row.mT))
+    return Correction(torch.cat(columns, 2), torch.cat(rows, 1), torch.cat(images, 2))
 
 
 def _power(
@@ -244,12 +255,6 @@ def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> t
     return output, input
 
 
-def row_sums(updates: Tensor, momenta: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """For every row of each update `P` its squared norm, and its inner product with that row of the momentum `M`."""
-    products = [torch.linalg.vecdot(update, m) for update, m in zip(updates.unbind(), momenta, strict=True)]
-    return _norm(updates, dim=2).square(), torch.stack(products)
-
-
 def row_shares(squares: Tensor) -> Tensor:
     """Squared norms of rows in units of their mean."""
     return squares / squares.mean(1, keepdim=True).clamp_min(_TINY)
@@ -274,7 +279,8 @@ def row_scales(
     and momentum counts to the power `2c`.
 
     Args:
-        squares, products (`Tensor` of shape `(n, d_out)`): from [`row_sums`].
+        squares, products (`Tensor` of shape `(n, d_out)`): `‖P‖²` and `⟨P, M⟩` of every row, where `M` is the momentum
+            that was turned into `P`.
         shares (`Tensor` of shape `(n, d_out)`): running averages of `squares`, divided by their mean.
         norms (`Tensor` of shape `(n,)`): `‖M‖`.
         numel (`int`): number of entries of one `M`.
@@ -292,14 +298,19 @@ def row_scales(
     return levels * (sizes * math.sqrt(numel) / (reaches * lengths)).unsqueeze(1)
 
 
+def squared_norms(stack: Tensor) -> Tensor:
+    """`‖·‖²` of each tensor of a contiguous stack, of shape `(n,)`."""
+    return _norm(stack.flatten(1), dim=1).square()
+
+
+def squared_row_norms(matrices: Tensor) -> Tensor:
+    """`‖·‖²` of every row of matrices `(n, d_out, d_in)`, of shape `(n, d_out)`."""
+    return _norm(matrices, dim=2).square()
+
+
 def _norm(tensor: Tensor, dim: int | None = None) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim)
     return norm
-
-
-def _squares(stack: Tensor) -> Tensor:
-    """`‖·‖²` of each tensor of a stack, of shape `(n,)`."""
-    return _norm(stack.flatten(1) if stack.is_contiguous() else stack.mT.flatten(1), dim=1).square()
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
@@ -316,3 +327,7 @@ def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
 def _over(values: Tensor, stack: Tensor) -> Tensor:
     """A view of values `(n,)` that broadcasts over a stack."""
     return values.view(-1, *[1] * (stack.ndim - 1))
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps

@@ -19,6 +19,7 @@ class LayerKind:
     """How a module computes `y = W x + b` over tokens. Subclasses override what differs from `nn.Linear`."""
 
     name = "Linear"
+    is_transposed = False  # whether the weight is stored as (d_in, d_out)
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this kind describes the module. Exact classes only: a subclass may compute something else."""
@@ -58,6 +59,7 @@ class Conv1DKind(LayerKind):
     """GPT-2's `Conv1D`: a Linear that stores its weight transposed, `(d_in, d_out)`."""
 
     name = "Conv1D"
+    is_transposed = True
 
     def matches(self, module: nn.Module) -> bool:
         # Named, not imported: the optimizer must work where transformers is not installed.

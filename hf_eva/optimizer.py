@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 # second step, beside a B of zeros. Where it comes later, subspaces are found by the running averages alone.
 SEARCH_STEPS = 3
 
+_LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
+
 
 class Eva(torch.optim.Optimizer):
     """
@@ -38,7 +41,8 @@ class Eva(torch.optim.Optimizer):
             decay is decoupled with base `"adamw"` and coupled, after preconditioning, with base `"sgd"`.
         plan ([`Plan`]): the layers to precondition, from [`plan`].
         config ([`EvaConfig`], *optional*): defaults to the recipe, `EvaConfig()`.
-        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`.
+        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. Defaults to
+            the fused one wherever there is one.
 
     Raises:
         ValueError: a value is out of range, or a planned weight is not among `params`.
@@ -67,6 +71,9 @@ class Eva(torch.optim.Optimizer):
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self.config = config or EvaConfig()
+        params = list(params)
+        if foreach is None and fused is None:
+            fused = base.can_fuse(params) or None
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "foreach": foreach, "fused": fused})
         self.plan = plan
@@ -157,12 +164,9 @@ class Eva(torch.optim.Optimizer):
         config = self.config
         for stack in stacks:
             gradients = stack.gradients(self._scratch)
-            matrices = stack.kind.matrices(gradients)
             weights = self._observe(stack, gradients, statistics)
-            momenta = [self._momentum(layer) for layer in stack.layers]
-            base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov)
-            self._precondition_(stack, gradients, None)
-            scales = self._row_scales(stack, matrices, momenta, weights)
+            base.momentum_(gradients.unbind(), [self._momentum(n) for n in stack.layers], config.momentum, config.nesterov)
+            scales = self._precondition_and_scale_(stack, gradients, weights)
             for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
                 rows = layer.kind.rows(scale, update.ndim)
                 base.decoupled_(layer.weight, update, rows, stack.group["lr"], stack.group["weight_decay"])
@@ -172,25 +176,28 @@ class Eva(torch.optim.Optimizer):
             if others:
                 base.adamw_(others, self.state, group)
 
-    def _row_scales(self, stack: Stack, updates: Tensor, momenta: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """What the rows of each update are multiplied with, see [`formula.row_scales`]."""
-        norms = torch.stack(list(torch._foreach_norm(list(momenta))))
-        squares, products = formula.row_sums(updates, [stack.kind.matrix(buffer) for buffer in momenta])
-        shares = formula.averaged(stack.read(self.state, "eva_rows"), formula.row_shares(squares), weights)
-        stack.write(self.state, "eva_rows", shares)
+    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, weights: Tensor) -> Tensor:
+        """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
+        matrices = stack.kind.matrices(momenta)
+        correction = self._correction(stack, momenta, None)
+        row_squares = formula.squared_row_norms(matrices)
+        squares, products = correction.squares(row_squares), correction.products(row_squares)
+        correction.apply_(matrices)
+        shares = self._average(stack, "eva_rows", formula.row_shares(squares), weights)
         return formula.row_scales(
             squares,
             products,
             shares,
-            norms,
-            momenta[0].numel(),
+            row_squares.sum(1).sqrt(),
+            matrices[0].numel(),
             stack.read(self.state, "eva_square"),
-            self._corrections(stack, nesterov=False),
+            self._momentum_corrections(stack),
         )
 
-    def _corrections(self, stack: Stack, nesterov: bool) -> Tensor:
+    def _momentum_corrections(self, stack: Stack) -> Tensor:
         """What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead."""
-        return 1 - self.config.momentum ** (stack.read(self.state, "eva_updates") + nesterov)
+        updates = stack.read(self.state, "eva_updates") + self.config.nesterov
+        return -torch.expm1(updates * math.log(max(self.config.momentum, _LEAST_MOMENTUM)))
 
     def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
@@ -232,7 +239,7 @@ class Eva(torch.optim.Optimizer):
         """Bring the running averages up to date; returns the weights of this step in them, of shape `(n,)`."""
         for layer in stack.layers:
             self._create_state(layer)
-        squares = torch.linalg.vector_norm(gradients.flatten(1), dim=1).square()
+        squares = formula.squared_norms(gradients)
         valid = (squares > 0) & squares.isfinite()
         if statistics is None:
             weights = self._observe_gradients(stack, gradients, valid)
@@ -275,24 +282,36 @@ class Eva(torch.optim.Optimizer):
         return weights
 
     def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None) -> Tensor:
-        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer where a KL clip needs it."""
+        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer."""
+        matrices = stack.kind.matrices(gradients)
+        squares = formula.squared_norms(gradients)
+        correction = self._correction(stack, gradients, biases)
+        bias_squares = 0.0 if biases is None else formula.squared_norms(biases)
+        inner = squares + bias_squares + (correction.columns * correction.images).sum((1, 2))
+        correction.apply_(matrices, biases)
+        if self.config.variant == "eva_s" and self.config.curvature == "joint":
+            inner = inner * formula.restore_norms_(gradients, squares)
+        return inner
+
+    def _correction(self, stack: Stack, gradients: Tensor, biases: Tensor | None) -> formula.Correction:
+        """What preconditions gradients, or momenta, as variant and curvature have it."""
         config = self.config
         relative = config.damping_mode == "relative"
         matrices = stack.kind.matrices(gradients)
         if config.curvature == "factored":
-            before = matrices.clone() if config.kl_mode == "clip" else None
             is_momentum = config.base == "adamw" and config.variant == "eva_s"
-            corrections = self._corrections(stack, config.nesterov) if is_momentum else None
+            corrections = self._momentum_corrections(stack) if is_momentum else None
             output, input = self._factors(stack, "eva_g"), self._factors(stack, "eva_a")
-            formula.factored_(matrices, output, input, config.exponent, corrections)
-            return torch.empty(0) if before is None else (before * matrices).sum((1, 2))
+            return formula.factored(matrices, output, input, config.exponent, corrections)
         if config.variant == "eva_s":
             vectors = [stack.read(self.state, f"eva_v{axis}") for axis in range(gradients.ndim - 1)]
-            return formula.eva_s_(gradients, vectors, config.damping, relative)
+            if stack.kind.is_transposed:
+                vectors.reverse()
+            return formula.eva_s(matrices, vectors, config.damping, relative)
         a = stack.read(self.state, "eva_a")
         if config.variant == "eva_f":
-            return formula.eva_f_(matrices, biases, a, config.damping, relative)
-        return formula.eva_(matrices, biases, a, stack.read(self.state, "eva_g"), config.damping, relative)
+            return formula.eva_f(matrices, biases, a, config.damping, relative)
+        return formula.eva(matrices, biases, a, stack.read(self.state, "eva_g"), config.damping, relative)
 
     def _factors(self, stack: Stack, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
         """The factors of one side, see [`formula.factor_levels`], or `None` where the variant has no such side."""
@@ -307,8 +326,10 @@ class Eva(torch.optim.Optimizer):
             traces = stack.read(self.state, f"{side}_square")
         return formula.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
 
-    def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> None:
-        stack.write(self.state, key, formula.averaged(stack.read(self.state, key), values, weights))
+    def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
+        averages = formula.averaged(stack.read(self.state, key), values, weights)
+        stack.write(self.state, key, averages)
+        return averages
 
     def _average_weights(self, stack: Stack, valid: Tensor) -> Tensor:
         """Weight of a layer's n-th valid value: `decay`, but at least `1/n`; 0 for an invalid one."""

@@ -286,7 +286,7 @@ class Reference:
             N = beta * M + (1 - beta) * G if config.nesterov else M
             P = self.precondition(N, factors)
             shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
-            step = step_of_adamw(P, shares, M, 1 - beta**self.steps, square)
+            step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square)
             parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
 
     def precondition(self, N: Tensor, factors) -> Tensor:
