@@ -12,14 +12,18 @@ from torch.optim.sgd import sgd
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
 
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused AdamW and SGD know
+BLOCK = 2**16  # elements, of which a core's cache holds a few times as many
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused AdamW knows
 
 
 def can_fuse(params: Iterable[Tensor | dict[str, Any]]) -> bool:
-    """Whether torch has fused AdamW and SGD for all parameters, or groups of them."""
+    """
+    Whether torch's fused AdamW serves all parameters, or groups of them: on a CPU it loses digits in low precision.
+    """
     groups = (entry["params"] if isinstance(entry, dict) else [entry] for entry in params)
     tensors = [tensor for group in groups for tensor in ([group] if isinstance(group, Tensor) else group)]
-    return all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in tensors)
+    precise = all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors if tensor.device.type == "cpu")
+    return precise and all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in tensors)
 
 
 def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any]) -> None:
@@ -78,9 +82,15 @@ def sgd_(
 
 
 def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: float, nesterov: bool) -> None:
-    """`M ← β M + (1 − β) G`, then `G ← M`, or with Nesterov `G ← β M + (1 − β) G`."""
-    torch._foreach_lerp_(list(buffers), list(gradients), 1 - momentum)
-    for gradient, buffer in zip(gradients, buffers, strict=True):
+    """`M ← β M + (1 − β) G`, then `G ← M`, or with Nesterov `G ← β M + (1 − β) G`; for contiguous tensors."""
+    pairs = list(zip(gradients, buffers, strict=True))
+    if pairs and pairs[0][0].device.type == "cpu":  # in blocks: the second operation finds in the cache what it needs
+        pairs = [blocks for pair in pairs for blocks in zip(*(t.view(-1).split(BLOCK) for t in pair), strict=True)]
+    else:
+        torch._foreach_lerp_(list(buffers), list(gradients), 1 - momentum)
+    for gradient, buffer in pairs:
+        if gradient.device.type == "cpu":
+            buffer.lerp_(gradient, 1 - momentum)
         if nesterov:
             gradient.lerp_(buffer, momentum)
         else:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .base import BLOCK
+
 ITERATIONS = 2  # on the first gradient; a random first guess would take some twenty steps to find its subspaces
 LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
 
@@ -204,20 +206,29 @@ def _power(
 
 def gram_images(grads: Tensor, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
     """`(G Gᵀ) U_B` and `(Gᵀ G) U_A` for bases of unit columns, in three reads of `G`."""
-    both = grads.mT.bmm(torch.cat([output, grads.bmm(input)], 2))
-    return grads.bmm(both[:, :, : output.shape[2]]), both[:, :, output.shape[2] :]
+    both = torch.cat([output, grads.bmm(input)], 2).mT.bmm(grads)  # in this order, G is read along its rows
+    rank = output.shape[2]
+    return grads.bmm(both[:, :rank].mT), both[:, rank:].mT
 
 
-def subspace_step(bases: Tensor, images: Tensor, weights: Tensor) -> Tensor:
+def subspace_step(
+    output: Tensor, input: Tensor, images: tuple[Tensor, Tensor], weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """
-    One streaming subspace iteration: `Z ← (1 − w) U diag(ℓ) + w · F U`, rotated to orthogonal columns.
+    One streaming subspace iteration for each side: `Z ← (1 − w) U diag(ℓ) + w · F U`, rotated to orthogonal columns.
 
     Bases of shape `(n, d, r)` hold `U diag(ℓ)`; their images are `F U`. The rotation by the eigenvectors of `ZᵀZ`
     gives the left singular vectors of `Z` times its singular values without a decomposition of anything larger than
     `(r, r)`; the next step's rotation removes what rounding leaves.
     """
-    bases = averaged(bases, images, weights)
-    return bases if bases.shape[2] == 1 else bases.bmm(torch.linalg.eigh(bases.mT.bmm(bases)).eigenvectors)
+    bases = [averaged(basis, image, weights) for basis, image in zip((output, input), images, strict=True)]
+    grams = [basis.mT.bmm(basis) for basis in bases]
+    if grams[0].shape == grams[1].shape:  # one call for both sides
+        rotations = torch.linalg.eigh(torch.cat(grams)).eigenvectors.tensor_split(2)
+    else:
+        rotations = tuple(torch.linalg.eigh(gram).eigenvectors for gram in grams)
+    output, input = (basis.bmm(rotation) for basis, rotation in zip(bases, rotations, strict=True))
+    return output, input
 
 
 def column_norms(bases: Tensor) -> Tensor:
@@ -300,12 +311,17 @@ def row_scales(
 
 def squared_norms(stack: Tensor) -> Tensor:
     """`‖·‖²` of each tensor of a contiguous stack, of shape `(n,)`."""
-    return _norm(stack.flatten(1), dim=1).square()
+    rows = stack.view(len(stack), -1, stack.shape[-1])
+    return _norm(rows, dim=2).square().sum(1)
 
 
 def squared_row_norms(matrices: Tensor) -> Tensor:
     """`‖·‖²` of every row of matrices `(n, d_out, d_in)`, of shape `(n, d_out)`."""
-    return _norm(matrices, dim=2).square()
+    if matrices.stride(-1) == 1:
+        return _norm(matrices, dim=2).square()
+    # Along an axis that is not the last one, a norm is slow and a sum is not; in parts, for the memory's sake.
+    parts = matrices.mT.split(max(1, BLOCK // (len(matrices) * matrices.shape[1])), dim=1)
+    return torch.stack([part.square().sum(1) for part in parts]).sum(0)
 
 
 def _norm(tensor: Tensor, dim: int | None = None) -> Tensor:

@@ -27,6 +27,23 @@ SEARCH_STEPS = 3
 _LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
 
 
+@dataclasses.dataclass
+class Seen:
+    """
+    What a step knows of the n layers of a stack after it has seen their gradients.
+
+    `weights` and `updates` are this step's weight in running averages and the number of steps that count in them, of
+    shape `(n,)`; `squares` is the average `‖G‖²`, where one is kept. `vectors` (curvature `"joint"`) and `factors`
+    (`"factored"`, see [`formula.factor_levels`]) are the curvature.
+    """
+
+    weights: Tensor
+    updates: Tensor
+    squares: Tensor
+    vectors: list[Tensor] = dataclasses.field(default_factory=list)
+    factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+
 class Eva(torch.optim.Optimizer):
     """
     Second-order training with vectors instead of matrices (Zhang, Shi and Li, ICLR 2023, arXiv 2308.02123).
@@ -41,8 +58,8 @@ class Eva(torch.optim.Optimizer):
             decay is decoupled with base `"adamw"` and coupled, after preconditioning, with base `"sgd"`.
         plan ([`Plan`]): the layers to precondition, from [`plan`].
         config ([`EvaConfig`], *optional*): defaults to the recipe, `EvaConfig()`.
-        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. Defaults to
-            the fused one wherever there is one.
+        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. AdamW defaults
+            to the fused one wherever there is one.
 
     Raises:
         ValueError: a value is out of range, or a planned weight is not among `params`.
@@ -72,7 +89,8 @@ class Eva(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self.config = config or EvaConfig()
         params = list(params)
-        if foreach is None and fused is None:
+        # Not for SGD: on a CPU, torch 2.13's fused one computes something else in bfloat16.
+        if foreach is None and fused is None and self.config.base == "adamw":
             fused = base.can_fuse(params) or None
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "foreach": foreach, "fused": fused})
@@ -164,9 +182,9 @@ class Eva(torch.optim.Optimizer):
         config = self.config
         for stack in stacks:
             gradients = stack.gradients(self._scratch)
-            weights = self._observe(stack, gradients, statistics)
+            seen = self._observe(stack, gradients, statistics)
             base.momentum_(gradients.unbind(), [self._momentum(n) for n in stack.layers], config.momentum, config.nesterov)
-            scales = self._precondition_and_scale_(stack, gradients, weights)
+            scales = self._precondition_and_scale_(stack, gradients, seen)
             for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
                 rows = layer.kind.rows(scale, update.ndim)
                 base.decoupled_(layer.weight, update, rows, stack.group["lr"], stack.group["weight_decay"])
@@ -176,28 +194,19 @@ class Eva(torch.optim.Optimizer):
             if others:
                 base.adamw_(others, self.state, group)
 
-    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, weights: Tensor) -> Tensor:
+    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: Seen) -> Tensor:
         """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
         matrices = stack.kind.matrices(momenta)
-        correction = self._correction(stack, momenta, None)
+        # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
+        steps = seen.updates + self.config.nesterov
+        starts = -torch.expm1(steps * math.log(max(self.config.momentum, _LEAST_MOMENTUM)))
+        correction = self._correction(stack, matrices, None, seen, starts)
         row_squares = formula.squared_row_norms(matrices)
         squares, products = correction.squares(row_squares), correction.products(row_squares)
         correction.apply_(matrices)
-        shares = self._average(stack, "eva_rows", formula.row_shares(squares), weights)
-        return formula.row_scales(
-            squares,
-            products,
-            shares,
-            row_squares.sum(1).sqrt(),
-            matrices[0].numel(),
-            stack.read(self.state, "eva_square"),
-            self._momentum_corrections(stack),
-        )
-
-    def _momentum_corrections(self, stack: Stack) -> Tensor:
-        """What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead."""
-        updates = stack.read(self.state, "eva_updates") + self.config.nesterov
-        return -torch.expm1(updates * math.log(max(self.config.momentum, _LEAST_MOMENTUM)))
+        shares = self._average(stack, "eva_rows", formula.row_shares(squares), seen.weights)
+        norms = row_squares.sum(1).sqrt()
+        return formula.row_scales(squares, products, shares, norms, matrices[0].numel(), seen.squares, starts)
 
     def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
@@ -207,10 +216,10 @@ class Eva(torch.optim.Optimizer):
         before: list[Tensor] = []
         for stack in stacks:
             gradients, biases = stack.gradients(self._scratch), stack.bias_gradients()
-            self._observe(stack, gradients, statistics)
+            seen = self._observe(stack, gradients, statistics)
             if config.kl_mode == "rescale":
                 before += torch._foreach_norm([gradients, *([] if biases is None else [biases])])
-            inner.append(self._precondition_(stack, gradients, biases))
+            inner.append(self._precondition_(stack, gradients, biases, seen))
             updates += stack.write_gradients(gradients, biases)
         factor = self._size_factor(stacks, inner, before, updates)
         if updates and factor is not None:
@@ -235,57 +244,64 @@ class Eva(torch.optim.Optimizer):
             )
         return scale if is_divided else None
 
-    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> Tensor:
-        """Bring the running averages up to date; returns the weights of this step in them, of shape `(n,)`."""
+    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> Seen:
+        """Bring the running averages up to date."""
         for layer in stack.layers:
             self._create_state(layer)
         squares = formula.squared_norms(gradients)
         valid = (squares > 0) & squares.isfinite()
         if statistics is None:
-            weights = self._observe_gradients(stack, gradients, valid)
-        else:
-            weights = self._observe_tokens(stack, [statistics[index] for index in stack.indices], valid)
-        if "eva_square" in self.state[stack.layers[0].weight]:
-            self._average(stack, "eva_square", squares, weights)
-        return weights
+            return self._observe_gradients(stack, gradients, squares, valid)
+        return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
 
-    def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], valid: Tensor) -> Tensor:
+    def _observe_tokens(
+        self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor
+    ) -> Seen:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
         tokens, a, a_squares, g, g_squares = (
             torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
         )
         valid = valid & (tokens > 0) & a_squares.isfinite() & g_squares.isfinite()
-        weights = self._average_weights(stack, valid)
+        seen = self._count(stack, squares, valid)
         new = {"eva_a": a, "eva_a_square": a_squares}
         if self.config.needs_output_gradients:
             scales = tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else torch.ones_like(tokens)
             new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
-        for key, values in new.items():
-            self._average(stack, key, values, weights)
-        return weights
+        averages = {key: self._average(stack, key, values, seen.weights) for key, values in new.items()}
+        if self.config.curvature == "factored":
+            for key in ("eva_g", "eva_a"):
+                if key in averages:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
+                    vectors = averages[key] * torch.linalg.vector_norm(averages[key], dim=1, keepdim=True)
+                    seen.factors[key] = self._factors(vectors.unsqueeze(2), averages[f"{key}_square"])
+        seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
+        return seen
 
-    def _observe_gradients(self, stack: Stack, gradients: Tensor, valid: Tensor) -> Tensor:
+    def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Seen:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
-        is_first = valid & (stack.read(self.state, "eva_updates") == 0)
-        weights = self._average_weights(stack, valid)
+        seen = self._count(stack, squares, valid)
         if self.config.curvature == "joint":
-            for axis, means in enumerate(formula.axis_means(gradients)):
-                self._average(stack, f"eva_v{axis}", means, weights)
-            return weights
+            means = enumerate(formula.axis_means(gradients))
+            seen.vectors = [self._average(stack, f"eva_v{axis}", mean, seen.weights) for axis, mean in means]
+            return seen
         matrices = stack.kind.matrices(gradients)
-        bases = [stack.read(self.state, key) for key in ("eva_g", "eva_a")]
+        output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
         if self._steps <= SEARCH_STEPS:
-            bases = formula.find_bases(matrices, *bases, is_first)
-        images = formula.gram_images(matrices, *(formula.unit_columns(basis) for basis in bases))
-        for key, basis, image in zip(("eva_g", "eva_a"), bases, images, strict=True):
-            stack.write(self.state, key, formula.subspace_step(basis, image, weights))
-        return weights
+            output, input = formula.find_bases(matrices, output, input, valid & (seen.updates == 1))
+        images = formula.gram_images(matrices, formula.unit_columns(output), formula.unit_columns(input))
+        output, input = formula.subspace_step(output, input, images, seen.weights)
+        for key, bases in (("eva_g", output), ("eva_a", input)):
+            stack.write(self.state, key, bases)
+            seen.factors[key] = self._factors(bases, seen.squares)
+        return seen
 
-    def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None) -> Tensor:
+    def _factors(self, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return formula.factor_levels(bases, traces, self.config.damping, self.config.damping_mode == "relative")
+
+    def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: Seen) -> Tensor:
         """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer."""
         matrices = stack.kind.matrices(gradients)
         squares = formula.squared_norms(gradients)
-        correction = self._correction(stack, gradients, biases)
+        correction = self._correction(stack, matrices, biases, seen, None)
         bias_squares = 0.0 if biases is None else formula.squared_norms(biases)
         inner = squares + bias_squares + (correction.columns * correction.images).sum((1, 2))
         correction.apply_(matrices, biases)
@@ -293,49 +309,39 @@ class Eva(torch.optim.Optimizer):
             inner = inner * formula.restore_norms_(gradients, squares)
         return inner
 
-    def _correction(self, stack: Stack, gradients: Tensor, biases: Tensor | None) -> formula.Correction:
-        """What preconditions gradients, or momenta, as variant and curvature have it."""
+    def _correction(
+        self, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: Seen, starts: Tensor | None
+    ) -> formula.Correction:
+        """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
         config = self.config
         relative = config.damping_mode == "relative"
-        matrices = stack.kind.matrices(gradients)
         if config.curvature == "factored":
-            is_momentum = config.base == "adamw" and config.variant == "eva_s"
-            corrections = self._momentum_corrections(stack) if is_momentum else None
-            output, input = self._factors(stack, "eva_g"), self._factors(stack, "eva_a")
-            return formula.factored(matrices, output, input, config.exponent, corrections)
+            output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
+            starts = starts if config.variant == "eva_s" else None
+            return formula.factored(matrices, output, input, config.exponent, starts)
         if config.variant == "eva_s":
-            vectors = [stack.read(self.state, f"eva_v{axis}") for axis in range(gradients.ndim - 1)]
-            if stack.kind.is_transposed:
-                vectors.reverse()
+            vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
             return formula.eva_s(matrices, vectors, config.damping, relative)
-        a = stack.read(self.state, "eva_a")
         if config.variant == "eva_f":
-            return formula.eva_f(matrices, biases, a, config.damping, relative)
-        return formula.eva(matrices, biases, a, stack.read(self.state, "eva_g"), config.damping, relative)
-
-    def _factors(self, stack: Stack, side: str) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The factors of one side, see [`formula.factor_levels`], or `None` where the variant has no such side."""
-        config = self.config
-        if side not in self.state[stack.layers[0].weight]:
-            return None
-        bases = stack.read(self.state, side)
-        if config.variant == "eva_s":
-            traces = stack.read(self.state, "eva_square")
-        else:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
-            bases = (bases * torch.linalg.vector_norm(bases, dim=1, keepdim=True)).unsqueeze(2)
-            traces = stack.read(self.state, f"{side}_square")
-        return formula.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
+            return formula.eva_f(matrices, biases, *seen.vectors, config.damping, relative)
+        return formula.eva(matrices, biases, *seen.vectors, config.damping, relative)
 
     def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
         averages = formula.averaged(stack.read(self.state, key), values, weights)
         stack.write(self.state, key, averages)
         return averages
 
-    def _average_weights(self, stack: Stack, valid: Tensor) -> Tensor:
-        """Weight of a layer's n-th valid value: `decay`, but at least `1/n`; 0 for an invalid one."""
-        updates = stack.read(self.state, "eva_updates")
-        stack.write(self.state, "eva_updates", updates + valid)
-        return (updates + 1).reciprocal().clamp_min(self.config.decay) * valid
+    def _count(self, stack: Stack, squares: Tensor, valid: Tensor) -> Seen:
+        """
+        Count the steps of each layer with a valid gradient, whose n-th weighs `decay` but at least `1/n` in averages,
+        and average `‖G‖²` where it is kept.
+        """
+        updates = stack.read(self.state, "eva_updates") + valid
+        stack.write(self.state, "eva_updates", updates)
+        weights = updates.reciprocal().clamp_min(self.config.decay).where(valid, 0.0)
+        if "eva_square" in self.state[stack.layers[0].weight]:
+            squares = self._average(stack, "eva_square", squares, weights)
+        return Seen(weights, updates, squares)
 
     def _create_state(self, layer: Layer) -> None:
         """All statistics of a layer that has none yet: zeros, and random bases."""

@@ -70,8 +70,6 @@ def eva_class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tu
         "eps": args.adam_epsilon,
         "plan": planned,
         "config": config,
-        # As the stock Trainer does for its default AdamW; other devices get torch's own choice.
-        "fused": True if args.device.type in ("cpu", "cuda") else None,
     }
 
 

@@ -39,9 +39,11 @@ class Stack:
         The gradients as `(n, *weight.shape)` in working precision: a view of the gradient of a single layer where it
         can be one, otherwise a copy in `scratch`, valid until the next.
         """
-        gradients = [_contiguous_gradient(layer) for layer in self.layers]
+        gradients = [layer.weight.grad for layer in self.layers if layer.weight.grad is not None]
         first, dtype = gradients[0], working_dtype(gradients[0])
-        if len(gradients) == 1 and first.dtype == dtype:
+        # A convolution in channels-last memory is not contiguous. Its gradient has to stay as it is: fused rules take
+        # for granted that it lies in memory as the weight does.
+        if len(gradients) == 1 and first.dtype == dtype and first.is_contiguous():
             return first.unsqueeze(0)
         stack = scratch.take((len(gradients), *first.shape), dtype, first.device)
         if first.dtype == dtype:
@@ -112,11 +114,3 @@ def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]]) -> list
             part = members[start : start + most]
             stacks.append(Stack(tuple(m[1] for m in part), tuple(m[0] for m in part), part[0][2], has_bias))
     return stacks
-
-
-def _contiguous_gradient(layer: Layer) -> Tensor:
-    gradient = layer.weight.grad
-    assert gradient is not None
-    if not gradient.is_contiguous():  # a convolution in channels-last memory; its matrix must be a view
-        gradient = layer.weight.grad = gradient.contiguous()
-    return gradient
