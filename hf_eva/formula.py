@@ -61,9 +61,7 @@ class Correction(NamedTuple):
         return torch.maximum(squares + 2 * (self.columns * half).sum(2), squares * _eps(squares))
 
 
-def eva(
-    grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool
-) -> Correction:
+def eva(grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool) -> Correction:
     """
     Eva: `P = G − gᵀGa / (γ + ‖a‖²‖g‖²) · g aᵀ`, which is γ times the solution of `(v vᵀ + γI) X = G`, `v = g ⊗ a`.
 
@@ -194,9 +192,7 @@ def factored(
     return Correction(torch.cat(columns, 2), torch.cat(rows, 1), torch.cat(images, 2))
 
 
-def _power(
-    levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, corrections: Tensor | None
-) -> Tensor:
+def _power(levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, corrections: Tensor | None) -> Tensor:
     """`level^(−p) − 1`, see [`factored_`]."""
     if corrections is None:
         return levels.pow(-exponent) - 1
@@ -255,7 +251,7 @@ def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
 
 
 def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn guesses `U_B` and `U_A` to the dominant subspaces of the first gradients, for the layers that are `valid`."""
+    """Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, for the layers that are `valid`."""
     valid = _over(valid, output)
     for _ in range(ITERATIONS):
         images = gram_images(grads, output, input)

@@ -88,7 +88,7 @@ class Eva(torch.optim.Optimizer):
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self.config = config or EvaConfig()
-        params = list(params)
+        params = list(params)  # type: ignore[assignment]
         # Not for SGD: on a CPU, torch 2.13's fused one computes something else in bfloat16.
         if foreach is None and fused is None and self.config.base == "adamw":
             fused = base.can_fuse(params) or None
@@ -183,7 +183,9 @@ class Eva(torch.optim.Optimizer):
         for stack in stacks:
             gradients = stack.gradients(self._scratch)
             seen = self._observe(stack, gradients, statistics)
-            base.momentum_(gradients.unbind(), [self._momentum(n) for n in stack.layers], config.momentum, config.nesterov)
+            base.momentum_(
+                gradients.unbind(), [self._momentum(n) for n in stack.layers], config.momentum, config.nesterov
+            )
             scales = self._precondition_and_scale_(stack, gradients, seen)
             for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
                 rows = layer.kind.rows(scale, update.ndim)
@@ -235,7 +237,7 @@ class Eva(torch.optim.Optimizer):
         """What all directions together are multiplied with, see [`formula.eva_`] for the share of the damping."""
         config = self.config
         if config.kl_mode == "rescale" and updates:
-            return formula.rescale_factor(before, torch._foreach_norm(updates))
+            return formula.rescale_factor(before, torch._foreach_norm(list(updates)))
         is_divided = config.curvature == "joint" and config.needs_inputs and config.damping_mode == "absolute"
         scale = 1 / config.damping if is_divided else 1.0
         if config.kl_mode == "clip" and updates:
@@ -254,9 +256,7 @@ class Eva(torch.optim.Optimizer):
             return self._observe_gradients(stack, gradients, squares, valid)
         return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
 
-    def _observe_tokens(
-        self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor
-    ) -> Seen:
+    def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor) -> Seen:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
         tokens, a, a_squares, g, g_squares = (
             torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
@@ -323,8 +323,9 @@ class Eva(torch.optim.Optimizer):
             vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
             return formula.eva_s(matrices, vectors, config.damping, relative)
         if config.variant == "eva_f":
-            return formula.eva_f(matrices, biases, *seen.vectors, config.damping, relative)
-        return formula.eva(matrices, biases, *seen.vectors, config.damping, relative)
+            return formula.eva_f(matrices, biases, seen.vectors[0], config.damping, relative)
+        a, g = seen.vectors
+        return formula.eva(matrices, biases, a, g, config.damping, relative)
 
     def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
         averages = formula.averaged(stack.read(self.state, key), values, weights)

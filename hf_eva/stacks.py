@@ -23,7 +23,7 @@ State = MutableMapping[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one kind, shape, precision, device and parameter group; bias or no bias is the same for all of them."""
+    """Layers of one kind, shape, precision, device and parameter group, all of them with a bias or all without."""
 
     layers: tuple[Layer, ...]
     indices: tuple[int, ...]  # among all planned layers
@@ -52,7 +52,7 @@ class Stack:
         return stack
 
     def bias_gradients(self) -> Tensor | None:
-        """The gradients of the biases as `(n, d_out)` in working precision, a copy; `None` without preconditioned biases."""
+        """A copy `(n, d_out)` of the gradients of preconditioned biases in working precision; `None` without them."""
         if not self.has_bias:
             return None
         biases = [layer.bias.grad for layer in self.layers if layer.bias is not None]
@@ -67,10 +67,9 @@ class Stack:
             parameters += [layer.bias for layer in self.layers if layer.bias is not None]
             values += biases.unbind()
         targets = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        pairs = zip(targets, values, strict=True)
-        copies = [(target, value) for target, value in pairs if target.data_ptr() != value.data_ptr()]
-        if copies:
-            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        for target, value in zip(targets, values, strict=True):
+            if target.data_ptr() != value.data_ptr():
+                target.copy_(value)
         return targets
 
     def read(self, state: State, key: str) -> Tensor:

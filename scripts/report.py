@@ -181,7 +181,10 @@ def robustness(config: Config, results: Results, found: dict[str, Outcomes]) -> 
 
 
 def conditions(config: Config, times: pd.DataFrame, source: str) -> str:
-    tuning, known = config.tuning, {config.digest(task, name) for task in config.tasks for name in config.contenders(task)}
+    tuning, known = (
+        config.tuning,
+        {config.digest(task, name) for task in config.tasks for name in config.contenders(task)},
+    )
     places = times[times["digest"].isin(known)][["machine", "device", "versions"]].drop_duplicates()
     lines = [
         f"- `python scripts/compare.py {source}`",

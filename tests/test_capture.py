@@ -442,7 +442,7 @@ def test_a_detached_optimizer_has_the_base_rule():
     optimizer.detach()
     other = mlp()
     other.load_state_dict(model.state_dict())
-    adamw = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.0)
+    adamw = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.0, fused=True)
     for one, rule in ((model, optimizer), (other, adamw)):
         for step in range(3):
             losses(data(one, seed=step))[0](one).backward()

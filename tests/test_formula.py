@@ -22,29 +22,50 @@ def draw(seed, *shapes):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def check(inner, P, G, expected, factor=1.0):
-    """`P` is `factor` times the reference's direction, and `inner` is ⟨P, G⟩."""
-    assert_near([P], [factor * expected], 1e-8 * max(1.0, expected.abs().max().item()))
-    torch.testing.assert_close(inner, (P * G).sum(), rtol=1e-8, atol=1e-8)
+def stacked(*tensors):
+    return [tensor.unsqueeze(0) for tensor in tensors]
+
+
+def check(correction, G, expected, factor=1.0):
+    """The direction is `factor` times the reference's; products and squares are those of the direction itself."""
+    P = G.clone()
+    correction.apply_(P)
+    assert_near([P[0]], [factor * expected], 1e-8 * max(1.0, expected.abs().max().item()))
+    squares = G.square().sum(2)
+    torch.testing.assert_close(correction.products(squares), (P * G).sum(2), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(correction.squares(squares), P.square().sum(2), rtol=1e-8, atol=1e-8)
 
 
 @few
-@given(dimension, dimension, damping, seed, st.booleans(), st.booleans(), st.sampled_from(["eva", "eva_f"]))
-def test_eva_and_eva_f(d_out, d_in, damping, seed, with_bias, relative, variant):
-    G, a, g = draw(seed, (d_out, d_in + with_bias), (d_in + with_bias,), (d_out,))
-    if with_bias:
-        a[-1] = 1.0
+@given(dimension, dimension, damping, seed, st.booleans(), st.sampled_from(["eva", "eva_f"]))
+def test_eva_and_eva_f(d_out, d_in, damping, seed, relative, variant):
+    G, a, g = draw(seed, (d_out, d_in), (d_in,), (d_out,))
     curvature = a.square().sum() * (g.square().sum() if variant == "eva" else 1.0)
     gamma = damping * curvature.item() if relative else damping
-    grads, biases = [G[:, :d_in].clone()], [G[:, -1].clone() if with_bias else None]
     if variant == "eva":
-        inner = formula.eva_(grads, biases, [a[:d_in]], [g], damping, relative)
+        correction = formula.eva(G.unsqueeze(0), None, *stacked(a, g), damping, relative)
         expected = reference.eva(G, a, g, gamma)
     else:
-        inner = formula.eva_f_(grads, biases, [a[:d_in]], damping, relative)
+        correction = formula.eva_f(G.unsqueeze(0), None, a.unsqueeze(0), damping, relative)
         expected = reference.eva_f(G, a, gamma)
-    P = torch.cat([grads[0], biases[0].unsqueeze(1)], 1) if with_bias else grads[0]
-    check(inner[0], P, G, expected, gamma if relative else 1.0)
+    check(correction, G.unsqueeze(0), expected, gamma)
+
+
+@few
+@given(dimension, dimension, damping, seed, st.booleans(), st.sampled_from(["eva", "eva_f"]))
+def test_a_bias_is_a_column(d_out, d_in, damping, seed, relative, variant):
+    G, a, g = draw(seed, (3, d_out, d_in + 1), (3, d_in + 1), (3, d_out))
+    a[:, -1] = 1.0
+    vectors = (a, g) if variant == "eva" else (a,)
+    function = getattr(formula, variant)
+    expected = G.clone()
+    function(G, None, *vectors, damping, relative).apply_(expected)
+    P, biases = G[:, :, :-1].clone(), G[:, :, -1].clone()
+    correction = function(P, biases, a[:, :-1], *vectors[1:], damping, relative)
+    products = correction.products(G.square().sum(2))
+    correction.apply_(P, biases)
+    assert_near([torch.cat([P, biases.unsqueeze(2)], 2)], [expected], 1e-12)
+    torch.testing.assert_close(products, (expected * G).sum(2), rtol=1e-8, atol=1e-8)
 
 
 @few
@@ -52,12 +73,44 @@ def test_eva_and_eva_f(d_out, d_in, damping, seed, with_bias, relative, variant)
 def test_eva_s_of_any_order(shape, damping, seed, relative):
     G, *vectors = draw(seed, shape, *((d,) for d in shape))
     curvature = math.prod(v.square().sum().item() for v in vectors)
-    P = G.clone()
-    inner = formula.eva_s_([P], [vectors], damping, relative)
+    P = G.view(1, shape[0], -1).clone()
+    formula.eva_s(P, stacked(*vectors), damping, relative).apply_(P)
+    formula.restore_norms_(P, G.square().sum().unsqueeze(0))
     expected = reference.eva_s(G, vectors, damping * curvature if relative else damping)
-    check(inner[0], P, G, expected)
-    torch.testing.assert_close(P.norm(), G.norm())
-    assert_near(formula.axis_means(G), reference.axis_means(G), 1e-14)
+    assert_near([P.view(shape)], [expected], 1e-8 * max(1.0, expected.abs().max().item()))
+    means = formula.axis_means(G.unsqueeze(0))
+    assert_near([mean[0] for mean in means], reference.axis_means(G), 1e-14)
+
+
+def test_each_layer_of_a_stack_is_by_itself():
+    G, a, g = draw(0, (3, 5, 4), (3, 4), (3, 5))
+    U, V = draw(1, (3, 5, 2), (3, 4, 2))
+    together = [
+        formula.eva(G, None, a, g, 0.1, True),
+        formula.eva_f(G, None, a, 0.1, True),
+        formula.eva_s(G, [g, a], 0.1, True),
+        formula.factored(
+            G, *(formula.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5, None
+        ),
+    ]
+    for i in range(3):
+        one = slice(i, i + 1)
+        factors = (formula.factor_levels(basis[one], a[one, 0].abs() * 9, 0.1, True) for basis in (U, V))
+        alone = [
+            formula.eva(G[one], None, a[one], g[one], 0.1, True),
+            formula.eva_f(G[one], None, a[one], 0.1, True),
+            formula.eva_s(G[one], [g[one], a[one]], 0.1, True),
+            formula.factored(G[one], *factors, 0.5, None),
+        ]
+        for many, single in zip(together, alone, strict=True):
+            assert_near([many.columns[one] @ many.rows[one]], [single.columns @ single.rows], 1e-13)
+
+
+def test_what_is_left_of_a_row_that_is_removed_is_positive():
+    """In float32 the products of vectors cancel to less than nothing."""
+    G = torch.ones(1, 2, 1000) * torch.tensor([1.0, 3.0]).view(1, 2, 1)
+    correction = formula.eva_f(G, None, torch.ones(1, 1000), 1e-12, True)
+    assert (correction.squares(G.square().sum(2)) > 0).all()
 
 
 @few
@@ -68,79 +121,78 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     U, top = vectors[:, -rank:], values[-rank:]
     trace = values.sum()
-    factor = formula.factor_levels(U * top, trace, damping, relative)
-    found = torch.eye(d, dtype=torch.float64)
-    formula.factored_([found], [factor], [None], exponent, None)
+    factor = formula.factor_levels(*stacked(U * top, trace), damping, relative)
+    found = torch.eye(d, dtype=torch.float64).unsqueeze(0)
+    formula.factored(found, factor, None, exponent, None).apply_(found)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
-    assert_near([found], [dense * (rest + epsilon) ** exponent], 1e-8)
-    assert_near([factor[0] * factor[1]], [U * top], 1e-12)
+    assert_near([found[0]], [dense * (rest + epsilon) ** exponent], 1e-8)
+    assert_near([factor[0][0] * factor[1]], [U * top], 1e-12)
     assert factor[2].min() >= 1
 
 
 @few
-@given(dimension, dimension, seed, st.booleans(), st.booleans(), st.booleans())
-def test_two_sides_multiply(d_out, d_in, seed, with_output, with_input, agree):
+@given(dimension, dimension, seed, st.sampled_from(["both", "output", "input"]), st.booleans())
+def test_two_sides_multiply(d_out, d_in, seed, used, agree):
     G, U, V = draw(seed, (d_out, d_in), (d_out, 1), (d_in, 1))
-    U, V, P = U / U.norm(), V / V.norm(), G.clone()
+    U, V = U / U.norm(), V / V.norm()
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
-    wanted = [sides["output"] if with_output else None], [sides["input"] if with_input else None]
-    formula.factored_([P], *wanted, 0.5, [0.5 * ones[0]] if agree else None)
+    wanted = [stacked(*values) if used in (side, "both") else None for side, values in sides.items()]
+    correction = formula.factored(G.unsqueeze(0), *wanted, 0.5, 0.5 * ones if agree else None)
 
     def power(side, projection):
         basis, value, level = sides[side]
         agreement = min(1.0, 2 * projection.norm().item() / value.item() ** 0.5) if agree else 0.0
-        f = level ** (-0.5 * (1 - agreement / 2)) - 1
+        f = (level ** (-0.5 * (1 - agreement / 2)) - 1) if used in (side, "both") else 0.0
         return torch.eye(len(basis), dtype=G.dtype) + f * basis @ basis.T
 
-    left = power("output", U.T @ G) if with_output else torch.eye(d_out, dtype=G.dtype)
-    right = power("input", G @ V) if with_input else torch.eye(d_in, dtype=G.dtype)
-    assert_near([P], [left @ G @ right], 1e-10)
+    check(correction, G.unsqueeze(0), power("output", U.T @ G) @ G @ power("input", G @ V))
 
 
 def test_first_bases_are_the_subspaces_of_the_first_gradient():
     U, V = (torch.linalg.qr(matrix)[0] for matrix in draw(0, (9, 3), (7, 3)))
-    G = U @ torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)) @ V.T
-    bases = [formula.initial_basis(9, 3, G), formula.initial_basis(7, 3, G)]
-    guesses = [basis.clone() for basis in bases]
-    formula.find_bases_(G * torch.nan, bases, torch.tensor(False))
-    assert_equal(bases, guesses)
-    formula.find_bases_(G, bases, torch.tensor(True))
-    assert_near([basis @ basis.T for basis in bases], [U @ U.T, V @ V.T], 1e-12)
+    G = (U @ torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)) @ V.T).unsqueeze(0)
+    guesses = stacked(formula.initial_basis(9, 3, G), formula.initial_basis(7, 3, G))
+    assert_equal(formula.find_bases(G * torch.nan, *guesses, torch.tensor([False])), guesses)
+    bases = formula.find_bases(G, *guesses, torch.tensor([True]))
+    assert_near([basis[0] @ basis[0].T for basis in bases], [U @ U.T, V @ V.T], 1e-12)
 
 
 @few
 @given(st.integers(1, 12), st.integers(1, 4), seed, st.floats(0.01, 1.0))
 def test_subspace_iteration(d, rank, seed, decay):
     """Up to the sign and the order of the columns, which no factor depends on."""
-    rank = min(d, rank)
-    matrices = [draw(seed + step, (d, d + 2))[0] for step in range(4)]
-    basis = formula.initial_basis(d, rank, matrices[0])
-    Z, U = None, basis.clone()
-    for step, G in enumerate(matrices):
-        weight = torch.tensor(decay if step else 1.0, dtype=torch.float64)
-        formula.update_bases_([basis], [G @ G.T @ formula.unit_columns(basis)], [weight])
-        Z, U, values = reference.subspace_iteration(Z, U, G @ G.T, decay)
-        scale = values.max()
-        assert_near([basis @ basis.T / scale**2], [Z @ Z.T / scale**2], 1e-9)
-        # The columns are orthogonal to what eigenvectors of ZᵀZ resolve, of which the next step has to know nothing.
-        gram = basis.T @ basis / scale**2
-        assert_near([gram], [torch.diag(gram.diag())], 1e-9)
+    gradients = [draw(seed + step, (1, d, d + 2))[0] for step in range(4)]
+    bases = stacked(*(formula.initial_basis(size, min(rank, d), gradients[0]) for size in (d, d + 2)))
+    dense = [(None, basis[0].clone()) for basis in bases]
+    for step, G in enumerate(gradients):
+        weight = torch.tensor([decay if step else 1.0], dtype=torch.float64)
+        images = formula.gram_images(G, *(formula.unit_columns(basis) for basis in bases))
+        bases = formula.subspace_step(*bases, images, weight)
+        for side, matrix in enumerate((G[0] @ G[0].T, G[0].T @ G[0])):
+            Z, U, values = reference.subspace_iteration(*dense[side], matrix, decay)
+            dense[side], scale, basis = (Z, U), values.max(), bases[side][0]
+            assert_near([basis @ basis.T / scale**2], [Z @ Z.T / scale**2], 1e-9)
+            # Orthogonal to what eigenvectors of ZᵀZ resolve, of which the next step has to know nothing.
+            gram = basis.T @ basis / scale**2
+            assert_near([gram], [torch.diag(gram.diag())], 1e-9)
 
 
 def test_subspace_iteration_finds_the_leading_eigenvectors():
-    vectors, _ = torch.linalg.qr(draw(0, (20, 20))[0])
+    (left, _), (right, _) = (torch.linalg.qr(matrix) for matrix in draw(0, (20, 20), (20, 20)))
     values = torch.tensor([50.0, 20.0, 8.0] + [0.1] * 17, dtype=torch.float64)
-    F = vectors @ torch.diag(values) @ vectors.T
-    basis = formula.initial_basis(20, 3, F)
+    G = (left @ torch.diag(values.sqrt()) @ right.T).unsqueeze(0)
+    bases = stacked(formula.initial_basis(20, 3, G), formula.initial_basis(20, 3, G))
     for step in range(200):
-        weight = torch.tensor(0.05 if step else 1.0, dtype=torch.float64)
-        formula.update_bases_([basis], [F @ formula.unit_columns(basis)], [weight])
-    assert_near([basis.norm(dim=0).sort(descending=True).values], [values[:3]], 0.01)
-    U = formula.unit_columns(basis)
-    assert_near([U @ U.T], [vectors[:, :3] @ vectors[:, :3].T], 1e-3)
+        weight = torch.tensor([0.05 if step else 1.0], dtype=torch.float64)
+        images = formula.gram_images(G, *(formula.unit_columns(basis) for basis in bases))
+        bases = formula.subspace_step(*bases, images, weight)
+    for basis, vectors in zip(bases, (left, right), strict=True):
+        assert_near([formula.column_norms(basis)[0].sort(descending=True).values], [values[:3]], 0.01)
+        U = formula.unit_columns(basis)[0]
+        assert_near([U @ U.T], [vectors[:, :3] @ vectors[:, :3].T], 1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 50])
@@ -155,10 +207,10 @@ def test_the_first_guess_is_the_same_everywhere(rank):
 
 
 def test_running_averages():
-    averages = [torch.zeros(3), torch.ones(3), torch.ones(3)]
-    news = [torch.full((3,), 2.0), torch.full((3,), 3.0), torch.full((3,), float("nan"))]
-    formula.update_averages_(averages, news, [torch.tensor(1.0), torch.tensor(0.25), torch.tensor(0.0)])
-    assert_equal(averages, [torch.full((3,), 2.0), torch.full((3,), 1.5), torch.ones(3)])
+    averages = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    new = torch.tensor([[2.0, 2.0], [3.0, 3.0], [float("nan"), 5.0]])
+    found = formula.averaged(averages, new, torch.tensor([1.0, 0.25, 0.0]))
+    assert_equal([found], [torch.tensor([[2.0, 2.0], [1.5, 1.5], [1.0, 1.0]])])
 
 
 @few
@@ -173,16 +225,26 @@ def test_factors_over_all_layers(seed, kl_clip, lr):
     torch.testing.assert_close(found, reference.rescale_factor([P, Q], [G, H]))
 
 
-def test_each_layer_has_its_learning_rate_in_the_kl_factor():
-    found = formula.kl_factor([torch.tensor(2.0), torch.tensor(3.0)], [0.1, 0.2], 1e-3)
+def test_each_stack_has_its_learning_rate_in_the_kl_factor():
+    found = formula.kl_factor([torch.tensor([1.5, 0.5]), torch.tensor([3.0])], [0.1, 0.2], 1e-3)
     torch.testing.assert_close(found.item(), math.sqrt(1e-3 / (0.01 * 2 + 0.04 * 3)))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 300, 400)])
+def test_norms_of_rows(shape):
+    (G,) = draw(0, shape)
+    expected = G.square().sum(2)
+    assert_near([formula.squared_row_norms(G)], [expected], 1e-12)
+    assert_near([formula.squared_row_norms(G.mT.contiguous().mT)], [expected], 1e-12)
+    assert_near([formula.squared_norms(G)], [expected.sum(1)], 1e-9)
+
+
 def scales_of(P, M, correction, square, shares=None):
-    squares, products = formula.row_sums([P], [M])
-    shares = formula.row_shares(squares) if shares is None else [shares]
-    correction, square = (torch.tensor(value, dtype=P.dtype) for value in (correction, square))
-    return formula.row_scales(squares, products, shares, [M], [square], [correction])[0]
+    squares, products = P.square().sum(1).unsqueeze(0), (P * M).sum(1).unsqueeze(0)
+    shares = formula.row_shares(squares) if shares is None else shares.unsqueeze(0)
+    correction, square = (torch.tensor([value], dtype=P.dtype) for value in (correction, square))
+    norms = M.norm().unsqueeze(0)
+    return formula.row_scales(squares, products, shares, norms, M.numel(), square, correction)[0]
 
 
 @few
@@ -209,16 +271,13 @@ def test_noise_and_signal_have_the_sizes_of_adamw():
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_zero_statistics_leave_the_gradient_alone(relative):
-    G = draw(0, (3, 2))[0]
-    zero = [torch.zeros(2, dtype=G.dtype)], [torch.zeros(3, dtype=G.dtype)]
-    scale = 1.0 if relative else 10.0
-    for apply in (
-        lambda P: formula.eva_([P], [None], *zero, 0.1, relative),
-        lambda P: formula.eva_f_([P], [None], zero[0], 0.1, relative),
+    (G,) = draw(0, (1, 3, 2))
+    a, g = torch.zeros(1, 2, dtype=G.dtype), torch.zeros(1, 3, dtype=G.dtype)
+    for correction in (
+        formula.eva(G, None, a, g, 0.1, relative),
+        formula.eva_f(G, None, a, 0.1, relative),
+        formula.eva_s(G, [g, a], 0.1, relative),
     ):
         P = G.clone()
-        apply(P)
-        assert_near([P], [scale * G], 1e-14)
-    P = G.clone()
-    formula.eva_s_([P], [[zero[1][0], zero[0][0]]], 0.1, relative)
-    assert_near([P], [G], 1e-14)
+        correction.apply_(P)
+        assert_near([P], [G], 1e-14)

@@ -15,9 +15,10 @@ PACKAGE = ROOT / "hf_eva"
 # Ground floor first. A file or folder of hf_eva/ is one room.
 ROOMS = (
     "config",
-    "formula",
     "base",
+    "formula",
     "layers",
+    "stacks",
     "selection",
     "collectives",
     "capture",
