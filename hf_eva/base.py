@@ -57,6 +57,30 @@ def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any])
     )
 
 
+def row_adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], factor: float) -> None:
+    """
+    AdamW with one second moment per row, the mean over its entries, and `factor` times the learning rate; for
+    embeddings, whose rows are the parameters of one token each.
+    """
+    beta1, beta2 = group["betas"]
+    for parameter in parameters:
+        entry = state[parameter]
+        if "exp_avg" not in entry:
+            precise = torch.promote_types(parameter.dtype, torch.float32)
+            entry["step"] = torch.zeros((), dtype=precise, device=parameter.device)
+            entry["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            entry["exp_avg_sq"] = torch.zeros(len(parameter), 1, dtype=precise, device=parameter.device)
+        entry["step"] += 1
+        start1, start2 = 1 - beta1 ** entry["step"], 1 - beta2 ** entry["step"]
+        per_block = max(1, BLOCK // parameter[0].numel()) if parameter.device.type == "cpu" else len(parameter)
+        tensors = parameter, _grad(parameter), entry["exp_avg"], entry["exp_avg_sq"]
+        for weight, grad, first, second in zip(*(t.split(per_block) for t in tensors), strict=True):
+            first.lerp_(grad, 1 - beta1)
+            second.lerp_(_mean_squares(grad).to(second.dtype), 1 - beta2)
+            scale = ((second / start2).sqrt().add_(group["eps"]) * start1).reciprocal_()
+            decoupled_(weight, first, scale, group["lr"] * factor, group["weight_decay"] / factor)
+
+
 def sgd_(
     parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], momentum: float, nesterov: bool
 ) -> None:
@@ -107,6 +131,13 @@ def decoupled_(parameter: Tensor, update: Tensor, scales: Tensor, lr: float, wei
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _mean_squares(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(
+        rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
+    )
+    return norms.square() / rows.shape[1]
 
 
 def _step_dtype() -> torch.dtype:

@@ -214,8 +214,8 @@ def subspace_step(
     One streaming subspace iteration for each side: `Z ← (1 − w) U diag(ℓ) + w · F U`, rotated to orthogonal columns.
 
     Bases of shape `(n, d, r)` hold `U diag(ℓ)`; their images are `F U`. The rotation by the eigenvectors of `ZᵀZ`
-    gives the left singular vectors of `Z` times its singular values without a decomposition of anything larger than
-    `(r, r)`; the next step's rotation removes what rounding leaves.
+    gives the left singular vectors of `Z` times its singular values, the largest last, without a decomposition of
+    anything larger than `(r, r)`; the next step's rotation removes what rounding leaves.
     """
     bases = [averaged(basis, image, weights) for basis, image in zip((output, input), images, strict=True)]
     grams = [basis.mT.bmm(basis) for basis in bases]
@@ -238,6 +238,20 @@ def unit_columns(bases: Tensor, norms: Tensor | None = None) -> Tensor:
     return bases / norms.clamp_min(_TINY).unsqueeze(1)
 
 
+def orthonormal_columns(bases: Tensor) -> Tensor:
+    """
+    `U` of bases `U diag(ℓ)`, by Gram and Schmidt from the last column, which is the longest, to the first.
+
+    Where gradients have fewer directions than there are columns, what is left in the others is rounding, which shares
+    directions with the longest: an image would count these again.
+    """
+    units = unit_columns(bases)
+    grams = units.mT.bmm(units)
+    grams.diagonal(dim1=1, dim2=2).add_(bases.shape[2] * _eps(bases))
+    factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
+    return torch.linalg.solve_triangular(factors, units, upper=False, left=False)
+
+
 def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
     """
     A first guess `U` of shape `(dimension, min(rank, dimension))`: random unit columns that every process draws alike.
@@ -256,7 +270,7 @@ def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> t
     for _ in range(ITERATIONS):
         images = gram_images(grads, output, input)
         output, input = (
-            torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis)
+            torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis).contiguous()  # as bases that are read
             for basis, image in zip((output, input), images, strict=True)
         )
     return output, input

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import base, formula
 from .capture import Capture, Statistics
@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 # Steps in which a layer's first gradient is looked for, because a look costs time: LoRA's A gets its first one at the
 # second step, beside a B of zeros. Where it comes later, subspaces are found by the running averages alone.
 SEARCH_STEPS = 3
+
+# Times the learning rate, for embeddings: beside layers whose steps reach further where curvature turns them, those of
+# AdamW are short.
+EMBEDDING_FACTOR = 2.0
 
 _LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
 
@@ -103,6 +107,9 @@ class Eva(torch.optim.Optimizer):
                     f"The plan preconditions {layer.name!r}, whose weight is not among the parameters of the "
                     "optimizer: give all parameters of the planned model, or exclude that layer from the plan."
                 )
+        # With preconditioning switched off all parameters get AdamW itself.
+        modules = plan.model.modules() if self.layers and self.config.base == "adamw" else ()
+        self._embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
             self._capture = Capture(plan.model, self.layers, self.config.needs_output_gradients)
@@ -193,8 +200,10 @@ class Eva(torch.optim.Optimizer):
         planned = {id(layer.weight) for stack in stacks for layer in stack.layers}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
-            if others:
-                base.adamw_(others, self.state, group)
+            embeddings = [parameter for parameter in others if id(parameter) in self._embeddings]
+            base.row_adamw_(embeddings, self.state, group, EMBEDDING_FACTOR)
+            if len(embeddings) < len(others):
+                base.adamw_([p for p in others if id(p) not in self._embeddings], self.state, group)
 
     def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: Seen) -> Tensor:
         """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
@@ -287,7 +296,8 @@ class Eva(torch.optim.Optimizer):
         output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
         if self._steps <= SEARCH_STEPS:
             output, input = formula.find_bases(matrices, output, input, valid & (seen.updates == 1))
-        images = formula.gram_images(matrices, formula.unit_columns(output), formula.unit_columns(input))
+        units = formula.orthonormal_columns(output), formula.orthonormal_columns(input)
+        images = formula.gram_images(matrices, *units)
         output, input = formula.subspace_step(output, input, images, seen.weights)
         for key, bases in (("eva_g", output), ("eva_a", input)):
             stack.write(self.state, key, bases)
@@ -397,12 +407,14 @@ class Eva(torch.optim.Optimizer):
                 f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
             )
         super().load_state_dict(state_dict)
-        for layer in self.layers:
-            for key, value in saved[id(layer.weight)].items():
-                # torch casts floating state to the parameter's dtype, which would lose bits under bf16. It leaves the
-                # count of steps alone, which AdamW wants on the CPU.
-                if key != "step":
-                    self.state[layer.weight][key] = value.to(device=layer.weight.device, copy=True)
+        planned = {id(layer.weight) for layer in self.layers}
+        for parameter in parameters:
+            if id(parameter) in planned or id(parameter) in self._embeddings:
+                for key, value in saved[id(parameter)].items():
+                    # torch casts floating state to the parameter's dtype, which would lose bits under bf16. It leaves
+                    # the count of steps alone, which AdamW wants on the CPU.
+                    if key != "step":
+                        self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         if self._capture is not None:
             self._capture.start_window()
 

@@ -1,6 +1,7 @@
 """The base rules: with preconditioning off, torch's own optimizers bit for bit."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -89,6 +90,38 @@ def test_parameters_outside_the_plan_get_adamw(implementation, rank):
     one, other = dict(model.named_parameters()), dict(expected.named_parameters())
     assert_equal(*({n: p.detach() for n, p in named.items() if n not in planned} for named in (one, other)))
     assert all(not torch.equal(one[name], other[name]) for name in planned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_embeddings_keep_one_second_moment_per_row(dtype):
+    tokens, d, factor, group = 5000, 16, 2.0, {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.5}
+    embedding = torch.nn.Embedding(tokens, d).to(dtype).weight
+    expected, first, second = embedding.detach().double().clone(), 0.0, torch.zeros(tokens, 1, dtype=torch.float64)
+    state = defaultdict(dict)
+    for step in range(1, 5):
+        embedding.grad = torch.randn(tokens, d).to(dtype) * (torch.arange(tokens) % 3 == step % 3).unsqueeze(1)
+        with torch.no_grad():
+            base.row_adamw_([embedding], state, group, factor)
+        gradient = embedding.grad.double()
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient.square().mean(1, keepdim=True)
+        direction = first / (1 - 0.8**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-6)
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * factor * direction
+    assert_near([embedding], [expected], 1e-12 if dtype == torch.float64 else 0.05)
+    assert sum(value.numel() for value in state[embedding].values()) == tokens * d + tokens + 1
+
+
+def test_embeddings_of_a_model_get_their_rule():
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 6), torch.nn.Linear(6, 5)).double()
+    optimizer = create_eva_optimizer(model, lr=0.01)
+    for one in model.parameters():
+        one.grad = torch.randn_like(one)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["exp_avg_sq"].shape == (7, 1)
+    assert optimizer.state[model[1].bias]["exp_avg_sq"].shape == (5,)
+    switched_off = create_eva_optimizer(model, lr=0.01, config=EvaConfig(variant="none"))
+    switched_off.step()
+    assert switched_off.state[model[0].weight]["exp_avg_sq"].shape == (7, 6)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -166,10 +166,10 @@ def test_subspace_iteration(d, rank, seed, decay):
     """Up to the sign and the order of the columns, which no factor depends on."""
     gradients = [draw(seed + step, (1, d, d + 2))[0] for step in range(4)]
     bases = stacked(*(formula.initial_basis(size, min(rank, d), gradients[0]) for size in (d, d + 2)))
-    dense = [(None, basis[0].clone()) for basis in bases]
+    dense = [(None, torch.linalg.qr(basis[0])[0]) for basis in bases]
     for step, G in enumerate(gradients):
         weight = torch.tensor([decay if step else 1.0], dtype=torch.float64)
-        images = formula.gram_images(G, *(formula.unit_columns(basis) for basis in bases))
+        images = formula.gram_images(G, *(formula.orthonormal_columns(basis) for basis in bases))
         bases = formula.subspace_step(*bases, images, weight)
         for side, matrix in enumerate((G[0] @ G[0].T, G[0].T @ G[0])):
             Z, U, values = reference.subspace_iteration(*dense[side], matrix, decay)
@@ -187,12 +187,30 @@ def test_subspace_iteration_finds_the_leading_eigenvectors():
     bases = stacked(formula.initial_basis(20, 3, G), formula.initial_basis(20, 3, G))
     for step in range(200):
         weight = torch.tensor([0.05 if step else 1.0], dtype=torch.float64)
-        images = formula.gram_images(G, *(formula.unit_columns(basis) for basis in bases))
+        images = formula.gram_images(G, *(formula.orthonormal_columns(basis) for basis in bases))
         bases = formula.subspace_step(*bases, images, weight)
     for basis, vectors in zip(bases, (left, right), strict=True):
         assert_near([formula.column_norms(basis)[0].sort(descending=True).values], [values[:3]], 0.01)
         U = formula.unit_columns(basis)[0]
         assert_near([U @ U.T], [vectors[:, :3] @ vectors[:, :3].T], 1e-3)
+
+
+def test_no_direction_is_counted_twice_where_there_are_few():
+    """Two outputs and 16 vectors: the eigenvalues that are found are those of `Gᵀ G`, whose sum is the trace."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(1, 2, 384, generator=generator)
+    bases = [formula.initial_basis(d, 16, mean).unsqueeze(0) for d in (2, 384)]
+    trace = torch.zeros(())
+    for step in range(10):
+        G = mean + 0.3 * torch.randn(1, 2, 384, generator=generator)
+        if step == 0:
+            bases = formula.find_bases(G, *bases, torch.tensor([True]))
+        images = formula.gram_images(G, *(formula.orthonormal_columns(basis) for basis in bases))
+        bases = formula.subspace_step(*bases, images, torch.tensor([weight := 0.05 if step else 1.0]))
+        trace = trace.lerp(G.square().sum(), weight)
+        for basis in bases:
+            assert formula.column_norms(basis).sum() <= 1.001 * trace
+    assert formula.column_norms(bases[0]).sum() >= 0.999 * trace
 
 
 @pytest.mark.parametrize("rank", [1, 4, 50])
