@@ -276,12 +276,6 @@ def _task(name: str, settings: dict) -> Task:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}{near_miss(key, known)}")
         words += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
-    try:
-        _, _, args = parse_arguments(KINDS, words, "")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if args.max_steps <= 0:
-        raise ValueError(f"{where} has no max_steps: a comparison needs the length of its schedule")
     merged: dict[str, list[str]] = {}  # the last word on a key wins, so that equal settings have one digest
     for word in words:
         if word.startswith("--"):
@@ -289,7 +283,17 @@ def _task(name: str, settings: dict) -> Task:
             merged[key] = [value] if equals else []
         else:
             merged[key].append(word)
+    merged = {key: values for key, values in merged.items() if values != [""]}  # an empty value takes the recipe's away
+    try:
+        _, _, args = parse_arguments(KINDS, _command_line(merged), "")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if args.max_steps <= 0:
+        raise ValueError(f"{where} has no max_steps: a comparison needs the length of its schedule")
     kept = {key: values for key, values in merged.items() if not key.startswith(OWN)}
-    flags = [f"--{key}={values[0]}" if len(values) == 1 else [f"--{key}", *values] for key, values in kept.items()]
-    arguments = [word for flag in flags for word in ([flag] if isinstance(flag, str) else flag)]
-    return Task(arguments, args.learning_rate, args.max_steps)
+    return Task(_command_line(kept), args.learning_rate, args.max_steps)
+
+
+def _command_line(settings: dict[str, list[str]]) -> list[str]:
+    flags = ([f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values] for key, values in settings.items())
+    return [word for flag in flags for word in flag]
