@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import sys
 import time
@@ -15,9 +14,9 @@ from typing import Any
 
 import peers
 import torch
-from bench_models import MODELS, batch_of, share
+from bench_models import Architecture, batch_of, share
 from bench_rules import OPTIMIZERS
-from compare_timing import peak, start_of_peak
+from compare_timing import peak, start_of_peak, state_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ from hf_eva import EvaConfig, create_eva_optimizer
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-6, 0.01, 1.0  # the weights stay where they are: only the work counts
 SMALL = 2, 8  # sentences and tokens of the batch that makes the gradients where only the step is timed
-COPIED = 2**28  # bytes of the copy that bandwidth is measured with, far beyond any cache
+COPIED = 2**28  # bytes of the tensor that bandwidth is measured with, far beyond any cache
 
 # Counts --------------------------------------------------------------------------------------------------------------
 
@@ -130,11 +129,15 @@ def seconds(device: str, work: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def copy_bandwidth(device: str, repeats: int = 5) -> float:
-    """Bytes per second, read and written, of the fastest of some copies of a large tensor."""
+def bandwidth(device: str, repeats: int = 5) -> float:
+    """
+    Bytes read and written per second, in the fastest of some copies and scalings of a large tensor. Both, because a
+    copy on a CPU may also read what it overwrites, and an operation in place does not.
+    """
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source).copy_(source)
-    return 2 * COPIED / min(seconds(device, lambda: target.copy_(source)) for _ in range(repeats))
+    works = [lambda: target.copy_(source), lambda: target.mul_(1.0)] * repeats
+    return 2 * COPIED / min(seconds(device, work) for work in works)
 
 
 @dataclass
@@ -263,22 +266,25 @@ def time_capture(
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def measure_peak(model_name: str, layers: int, dtype: torch.dtype, device: str, name: str | None) -> float:
+def measure_memory(
+    architecture: Architecture, layers: int, dtype: torch.dtype, device: str, name: str | None
+) -> dict[str, float]:
     """
-    The most bytes that parameters, gradients, an optimizer and its step took together, in a process of its own;
-    without an optimizer those of the backward pass alone. What libraries load and keep at first use is left out.
+    Bytes of an optimizer's state, and the most that parameters, gradients, optimizer and a step took together; without
+    an optimizer, that of the backward pass alone. For a process of its own; what libraries load at first use is left
+    out.
     """
     logging.set_verbosity_error()
 
-    def train(depth: int) -> None:
-        model = MODELS[model_name].build(depth, device, dtype)
+    def train(depth: int) -> int:
+        model = architecture.build(depth, device, dtype)
         side = make_side(name, model) if name else Side("", model)
         side.backward(batch_of(model, *SMALL))
-        if side.optimizer:
-            side.optimizer.step()
+        if side.optimizer is None:
+            return 0
+        side.optimizer.step()
+        return state_bytes(side.optimizer, side.model)
 
     train(1)
-    gc.collect()
     before = start_of_peak()
-    train(layers)
-    return peak() - before
+    return {"state_bytes": train(layers), "peak_bytes": peak() - before}

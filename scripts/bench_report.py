@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -25,12 +26,12 @@ RATIOS = [
 ]
 STATE = 0.6  # of the bytes that AdamW keeps
 NOTES = """
-Each time is the median over the rounds, each ratio the median of the ratios to the baseline in the same round, with its
-quartiles. Counted: bytes that all operations of a step read and write if no cache helps, and GB/s is what that makes of
-the time, also as a share of the bandwidth of a large copy. Least: bytes that the rule cannot do without, by the
-formulas of `scripts/bench_rules.py`, and the time that they take at that bandwidth. Calls: kernels on a GPU, operations
-on memory on a CPU. Host reads: on a CPU they include AdamW's own counts of steps, which live on the host. What repeats
-after some steps is spread over them.
+Each time is the median over the rounds, each ratio the median of the ratios to the baseline in the same round, with
+its quartiles. Counted: bytes that all operations of a step read and write if no cache helps, and GB/s is what that
+makes of the time, also as a share of the bandwidth, which a cache can exceed. Least: bytes that the rule cannot do
+without, by the formulas of `scripts/bench_rules.py`, and the time that they take at that bandwidth. Calls: kernels on
+a GPU, operations on memory on a CPU. Host reads: on a CPU they include AdamW's own counts of steps, which live on the
+host. What repeats after some steps is spread over them.
 """
 
 
@@ -41,8 +42,10 @@ def report(rows: list[dict[str, Any]], place: dict[str, str]) -> str:
         first = found[0]
         reduced = f", {first['blocks']} of {first['of_blocks']} blocks" * (first["blocks"] < first["of_blocks"])
         parts.append(f"## {part}: {model}, {first['parameters'] / 1e6:.1f} M parameters{reduced}\n")
-        if "copy_bandwidth" in first:
-            parts.append(f"A large copy reads and writes {first['copy_bandwidth'] / 1e9:.1f} GB/s.\n")
+        if "bandwidth" in first:
+            parts.append(
+                f"Copied or scaled, a large tensor is read and written at {first['bandwidth'] / 1e9:.1f} GB/s.\n"
+            )
         parts.append(table([cells(row, found) for row in found]))
     judged = list(targets(rows, "CPU" not in place["device"]))
     if judged:
@@ -53,18 +56,19 @@ def report(rows: list[dict[str, Any]], place: dict[str, str]) -> str:
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
     """A row as text, with its units."""
     if row["part"] == "memory":
-        by_name = {one["optimizer"]: one["peak_bytes"] for one in rows}
-        beyond = {name: peak - by_name.get(BARE, float("nan")) for name, peak in by_name.items()}
+        peaks = {one["optimizer"]: one["peak_bytes"] for one in rows}
+        bare, adamw = (peaks.get(name, math.nan) for name in (BARE, "adamw"))
         return {
             "": row["optimizer"],
             "peak": number(row["peak_bytes"] / 2**20, 4, " MiB"),
-            "of adamw's": number(row["peak_bytes"] / by_name.get("adamw", float("nan")), 3, "×"),
-            "beyond the gradients": number(beyond[row["optimizer"]] / 2**20, 4, " MiB") if beyond else "–",
+            "of adamw's": number(row["peak_bytes"] / adamw, 3, "×"),
+            "beyond the gradients": number((row["peak_bytes"] - bare) / 2**20, 4, " MiB"),
+            "state": number(row["state_bytes"] / 2**20, 4, " MiB"),
         }
     text = {
         **({"batch × tokens": row["size"]} if "size" in row else {}),
         "": row["optimizer"],
-        "ms": number(row["seconds"] * 1000),
+        "ms": number(row["seconds"] * 1000, 4),
         f"of {row['baseline']}": number(row["ratio"], 3, "×"),
         "quartiles": f"{number(row['ratio_low'])} to {number(row['ratio_high'])}",
         "rounds": str(row["rounds"]),
@@ -73,11 +77,11 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
         rate = row["counted_bytes"] / row["seconds"]
         text |= {
             "ns/parameter": number(row["ns_per_parameter"]),
-            "counted": number(row["counted_bytes"] / 1e6, 4, " MB"),
+            "counted": number(row["counted_bytes"] / 1e9, 3, " GB"),
             "GB/s": number(rate / 1e9),
-            "of a copy": f"{rate / row['copy_bandwidth']:.0%}",
-            "least": number(row["least_bytes"] / 1e6, 4, " MB"),
-            "least ms": number(row["least_bytes"] / row["copy_bandwidth"] * 1000),
+            "of bandwidth": f"{rate / row['bandwidth']:.0%}",
+            "least": number(row["least_bytes"] / 1e9, 3, " GB"),
+            "least ms": number(row["least_bytes"] / row["bandwidth"] * 1000),
             "calls": f"{row['calls']:.0f}",
             "host reads": f"{row['host_reads']:.0f}",
             "state": number(row["state_bytes"] / 2**20, 4, " MiB"),
@@ -101,7 +105,9 @@ def targets(rows: list[dict[str, Any]], is_gpu: bool) -> Iterator[dict[str, str]
     timed = [row for row in rows if row["part"] != "memory"]
     places = dict.fromkeys((row["part"], row["model"], row.get("size")) for row in timed)
     for part, model, size in places:
-        ratio = {r["optimizer"]: r["ratio"] for r in timed if (r["part"], r["model"], r.get("size")) == (part, model, size)}
+        ratio = {
+            r["optimizer"]: r["ratio"] for r in timed if (r["part"], r["model"], r.get("size")) == (part, model, size)
+        }
         for wanted, name, other, on_gpu, on_cpu in RATIOS:
             if wanted == part and name in ratio and other in ratio:
                 what = f"time of {name} against {other}"

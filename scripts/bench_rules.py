@@ -12,8 +12,8 @@ implementation of the rule moves fewer bytes. `G` gradient, `M` momentum, `W` we
   then SGD, with P formed on the way.
 - Eva-s, 7: reads G for the means over axes, again for `⟨G, V⟩`, then SGD.
 - The recipe, 12: reads G and M and writes M, for `Gᵀ(G U_A)` by blocks of rows, `Gᵀ U_B` and `‖G‖²`; reads G for
-  `G (Gᵀ U_B)`; reads G and M for the products of the Nesterov gradient with the new bases; reads both for the norms of
-  the rows of P; reads G, M and W and writes W.
+  `G (Gᵀ U_B)`; reads G and M for the products of their Nesterov mix N with the new bases; reads both for `N (Nᵀ U_B)`,
+  from which follow the norms of the rows of P; reads G, M and W and writes W.
 - Muon, K-FAC, SOAP and Shampoo: the passes of their momenta and weights alone, because products and decompositions
   of matrices bound them and not memory.
 
@@ -116,7 +116,7 @@ def least_bytes(peer: str, model: nn.Module) -> float:
 
 
 def state_bytes(peer: str, model: nn.Module, options: dict[str, Any]) -> float:
-    """Bytes of the state of a peer, in the dtype of the parameters; it serves to see what fits before anything runs."""
+    """Bytes of the state of a peer, in the dtype of the parameters, to see what fits before anything runs."""
     rule = RULES[peer]
     if rule.state is None:
         preset = "recipe" if peer == "eva" else peer

@@ -8,11 +8,11 @@ What a step costs: Eva and the optimizers of the field at the true shapes of BER
     python scripts/bench_step.py --models bert --parts whole capture --sizes 8x128 32x128 --optimizers adamw eva
     python scripts/bench_step.py --models llama-10m llama-130m llama-1b --optimizers eva --output runs/scaling.md
 
-Parts: `step` times the optimizer alone, on gradients of a small batch; `whole` times forward, backward, clipping and
-step at each of --sizes; `capture` times forward and backward with and without the hooks of the variants that have
-some; `memory` is the peak of parameters, gradients and optimizer, each in a process of its own. All optimizers of a
-model take turns on one set of parameters. Where memory is short, the model keeps fewer of its blocks, of the same
-shapes. Times need a machine that does nothing else.
+Parts: `step` times the optimizer alone, on gradients of a small batch and without its hooks; `whole` times forward,
+backward, clipping and step at each of --sizes; `capture` times forward and backward with and without the hooks of the
+variants that have some; `memory` is the peak of parameters, gradients and optimizer, each in a process of its own.
+All optimizers of a model take turns on one set of parameters. Where memory is short, the model keeps fewer of its
+blocks, of the same shapes. Times need a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from typing import Any
 import torch
 from bench_measure import (
     Side,
-    copy_bandwidth,
+    bandwidth,
     make_side,
     make_sides,
-    measure_peak,
+    measure_memory,
     time_capture,
     time_steps,
     time_training,
 )
-from bench_models import FITS, MODELS, batch_of, count, fitting, free_memory
+from bench_models import FITS, MODELS, Architecture, batch_of, count, fitting, free_memory
 from bench_report import BARE, report, write_csv
 from bench_rules import OPTIMIZERS, least_bytes
 from compare import Workers, environment, machine
@@ -56,15 +56,19 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """Yields a row for each measurement of a model."""
     dtype, device = getattr(torch, args.dtype), args.device
     for part in args.parts:
-        share_of_free = WHOLE_FITS if part == "whole" else FITS
-        names = args.optimizers if part in ("step", "whole") else args.optimizers[:1]
-        layers, groups = fitting(MODELS[name], names, dtype, share_of_free * free_memory(device))
+        limit = free_memory(device) * (WHOLE_FITS if part in ("whole", "capture") else FITS)
+        if part == "memory":  # each by itself, and all on the same model
+            groups = [[one] for one in args.optimizers]
+            layers = min(fitting(MODELS[name], group, dtype, limit)[0] for group in groups)
+        else:
+            names = args.optimizers[:1] if part == "capture" else args.optimizers
+            layers, groups = fitting(MODELS[name], names, dtype, limit)
         layers = min(layers, args.layers or layers)
         place = {"part": part, "model": name, "blocks": layers, "of_blocks": MODELS[name].layers}
         place["parameters"] = count(MODELS[name].build(layers))
         print(f"{part}: {name} with {layers} of {MODELS[name].layers} blocks", file=sys.stderr)
         if part == "memory":
-            rows = memory_rows(name, layers, dtype, args)
+            rows = memory_rows(MODELS[name], layers, dtype, args)
         else:
             model = MODELS[name].build(layers, device, dtype)
             rows = {"step": step_rows, "whole": whole_rows, "capture": capture_rows}[part](model, groups, args)
@@ -75,11 +79,12 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Namespace) -> Iterator[Row]:
-    bandwidth, parameters = copy_bandwidth(args.device), count(model)
-    adamw_bytes = plan(model).adamw_bytes
+    parameters, adamw_bytes = count(model), plan(model).adamw_bytes
     for number, group in enumerate(groups):
         sides = make_sides(group, model, args.steps)
+        before = bandwidth(args.device)
         time_steps(sides, args.rounds, args.steps, args.patience)
+        highest = max(before, bandwidth(args.device))
         for side in sides[number > 0 :]:  # the first of a later group was there before
             row = timed(side, sides[0])
             kept = state_bytes(side.optimizer, side.model)
@@ -88,7 +93,7 @@ def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Na
                 "ns_per_parameter": row["seconds"] / parameters * 1e9,
                 "counted_bytes": side.counts.bytes,
                 "least_bytes": least_bytes(OPTIMIZERS[side.name].peer, side.model),
-                "copy_bandwidth": bandwidth,
+                "bandwidth": highest,
                 "calls": side.counts.calls,
                 "host_reads": side.counts.host_reads,
                 "state_bytes": kept,
@@ -114,13 +119,13 @@ def capture_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse
         yield from ({"size": label(size), **timed(side, sides[0])} for side in sides)
 
 
-def memory_rows(name: str, layers: int, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[Row]:
+def memory_rows(model: Architecture, layers: int, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[Row]:
     variables = {**environment(args.threads), **MEMORY_ENVIRONMENT}
     if args.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    jobs = {one or BARE: (name, layers, dtype, args.device, one) for one in (None, *args.optimizers)}
+    jobs = {one or BARE: (model, layers, dtype, args.device, one) for one in (None, *args.optimizers)}
     with Workers(1, variables) as pool:
-        yield from ({"optimizer": one, "peak_bytes": peak} for one, peak in pool.map(measure_peak, jobs))
+        yield from ({"optimizer": one, **found} for one, found in pool.map(measure_memory, jobs))
 
 
 def timed(side: Side, baseline: Side) -> Row:
@@ -160,7 +165,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--patience", type=float, default=300, metavar="SECONDS",
         help="After which an optimizer has no further turn; the first it always has (%(default)s).")  # fmt: skip
     add("--layers", type=positive, metavar="N", help="Blocks of each model (default: all that fit into memory).")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s).")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=device, help="Where to measure (%(default)s).")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="Of the parameters (%(default)s).")
     add("--autocast", action="store_true", help="Forward passes of whole and capture under bfloat16 autocast.")
     add("--threads", type=positive, default=os.cpu_count() or 1, help="Of the CPU (%(default)s).")

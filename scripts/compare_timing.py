@@ -143,7 +143,7 @@ def _warm_up(arguments: tuple[str, ...], job: Job) -> None:
 
 
 def start_of_peak() -> float:
-    """Bytes that are taken now, from which [`peak`] is counted: on a GPU allocated, under Linux in memory, else nan."""
+    """Bytes that are taken now, to be subtracted from [`peak`]; nan where the system does not say."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
