@@ -102,13 +102,13 @@ def free_memory(device: str) -> int:
 
 
 def fitting(
-    architecture: Architecture, names: Sequence[str], dtype: torch.dtype, limit: float
+    architecture: Architecture, names: Sequence[str], dtype: torch.dtype, limit: float, most: int | None = None
 ) -> tuple[int, list[list[str]]]:
     """
-    Returns the most blocks with which parameters, gradients, the state of the first optimizer and that of any other
-    take at most `limit` bytes, and the optimizers in groups that fit, each led by the first.
+    Returns the most blocks, up to `most`, with which parameters, gradients, the state of the first optimizer and that
+    of any other take at most `limit` bytes, and the optimizers in groups that fit, each led by the first.
     """
-    for layers in range(architecture.layers, 0, -1):
+    for layers in range(min(most or architecture.layers, architecture.layers), 0, -1):
         model = architecture.build(layers, dtype=dtype)
         states = {name: state_bytes(OPTIMIZERS[name].peer, model, OPTIMIZERS[name].options) for name in names}
         first, *others = names

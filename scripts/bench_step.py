@@ -59,11 +59,10 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
         limit = free_memory(device) * (WHOLE_FITS if part in ("whole", "capture") else FITS)
         if part == "memory":  # each by itself, and all on the same model
             groups = [[one] for one in args.optimizers]
-            layers = min(fitting(MODELS[name], group, dtype, limit)[0] for group in groups)
+            layers = min(fitting(MODELS[name], group, dtype, limit, args.layers)[0] for group in groups)
         else:
             names = args.optimizers[:1] if part == "capture" else args.optimizers
-            layers, groups = fitting(MODELS[name], names, dtype, limit)
-        layers = min(layers, args.layers or layers)
+            layers, groups = fitting(MODELS[name], names, dtype, limit, args.layers)
         place = {"part": part, "model": name, "blocks": layers, "of_blocks": MODELS[name].layers}
         place["parameters"] = count(MODELS[name].build(layers))
         print(f"{part}: {name} with {layers} of {MODELS[name].layers} blocks", file=sys.stderr)

@@ -152,6 +152,7 @@ def test_what_does_not_fit_loses_blocks_and_takes_turns_in_groups():
     base = 2 * parameters + states["adamw"]
     everything = base + sum(states[name] for name in names[1:])
     assert bench_models.fitting(TINY, names, torch.float32, everything) == (2, [names])
+    assert bench_models.fitting(TINY, names, torch.float32, base + states["soap"], 1) == (1, [names])
     layers, groups = bench_models.fitting(TINY, names, torch.float32, base + states["soap"])
     assert (layers, groups) == (2, [["adamw", "sgd", "eva"], ["adamw", "soap"]])
     layers, _ = bench_models.fitting(TINY, names, torch.float32, base + states["soap"] - 1)
