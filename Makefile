@@ -3,6 +3,7 @@
 #
 #   make demo RECIPE=configs/recipes/vit.yaml        another recipe
 #   make bench CONFIG=configs/compare/smoke.yaml BENCH=runs/bench      whether the comparison runs, in two minutes
+#   make bench-step FLAGS='--models bert --rounds 3' some of the measurements of a step
 #   make test TESTS=tests/test_optimizer.py          some of the tests
 #   make test PYTHON=python3.13                      another Python, for a new environment
 
@@ -22,6 +23,7 @@ WORKERS ?= 2
 
 CONFIG  ?= configs/compare/cpu.yaml
 BENCH   ?= benchmarks
+FLAGS   ?=
 RECIPE  ?= configs/recipes/bert.yaml
 OUTPUT  ?= runs/demo
 LAUNCH  ?= configs/accelerate/auto_1.yaml
@@ -42,7 +44,7 @@ QUIET   := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DA
 PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench test test-slow test-lowest lint format build clean clean-env
+.PHONY: help env demo bench bench-step test test-slow test-lowest lint format build clean clean-env
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +55,10 @@ demo: $(if $(wildcard $(DEV)),$(DEV),$(EMBEDDED))  ## fine-tune a real BERT with
 
 bench: $(DEV)  ## compare optimizers as CONFIG says: tables and plots in benchmarks/REPORT.md
 	$(BIN)/python scripts/compare.py $(CONFIG) --output $(BENCH)
+
+bench-step: $(DEV)  ## what a step of each optimizer costs, with the FLAGS of scripts/bench_step.py: benchmarks/step.md
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(BIN)/python scripts/bench_step.py $(FLAGS) \
+		--output $(BENCH)/step.md $(BENCH)/step.csv
 
 env: $(DEV)  ## the environment for all that follows; every other target makes it by itself
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,16 +98,19 @@ def measure_times(jobs: dict[str, Job], baseline: str, rounds: int, steps: int) 
     per_step = {name: [total / side.pace.steps for total, _ in side.rounds[1:]] for name, side in sides.items()}
     measured = {}
     for name, side in sides.items():
-        ratios = [own / other for own, other in zip(per_step[name], per_step[baseline], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
         measured[name] = {
             "step_seconds": statistics.median(per_step[name]),
-            "ratio": middle,
-            "ratio_low": low,
-            "ratio_high": high,
+            **ratios(per_step[name], per_step[baseline]),
             "optimizer_share": statistics.median(part / total for total, part in side.rounds[1:]),
         }
     return measured
+
+
+def ratios(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Quartiles of the ratios of two sides, round by round, in the rounds that both have."""
+    values = [one / two for one, two in zip(own, other, strict=False)]
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"ratio": middle, "ratio_low": low, "ratio_high": high}
 
 
 # Every tensor of more than a few pages goes back to the system as soon as it is freed, so that its memory can be seen.
@@ -120,11 +124,11 @@ def measure_memory(job: Job) -> dict[str, float]:
     """
     steps = peers.PEERS[job.peer].interval + 1
     _warm_up(job.arguments, replace(job, steps=1))
-    before = _start_of_peak()
+    before = start_of_peak()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(replace(job, steps=steps), folder)
         trainer.train()
-    return {"state_bytes": state_bytes(trainer.optimizer, trainer.model), "peak_bytes": _peak() - before}
+    return {"state_bytes": state_bytes(trainer.optimizer, trainer.model), "peak_bytes": peak() - before}
 
 
 _warmed: set[tuple[str, ...]] = set()
@@ -138,7 +142,8 @@ def _warm_up(arguments: tuple[str, ...], job: Job) -> None:
             make_trainer(job, folder).train()
 
 
-def _start_of_peak() -> float:
+def start_of_peak() -> float:
+    """Bytes that are taken now, to be subtracted from [`peak`]; nan where the system does not say."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -150,7 +155,7 @@ def _start_of_peak() -> float:
     return _status("VmRSS")
 
 
-def _peak() -> float:
+def peak() -> float:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 

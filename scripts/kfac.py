@@ -67,7 +67,7 @@ class KFAC(torch.optim.Optimizer):
     @torch.no_grad()
     def observe(self, layer: Layer, x: Tensor, grad: Tensor) -> None:
         """Add what a layer received, and the gradient at its output, to the sums; all tokens count, padding too."""
-        inputs, outputs = _tokens(layer, x, grad)
+        inputs, outputs = tokens(layer, x, grad)
         sides = [inputs, outputs] if self.param_groups[0]["output_side"] else [inputs]
         sums = [len(inputs), *(side.T @ side for side in sides)]
         previous = self.sums.get(layer.weight, [0] * len(sums))
@@ -122,7 +122,7 @@ def _watch(
         output.register_hook(lambda grad: kfac.observe(layer, x, grad))
 
 
-def _tokens(layer: Layer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def tokens(layer: Layer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs `(tokens, d_in)` and output gradients `(tokens, d_out)`; the tokens of a convolution are its patches."""
     if layer.kind.name == "Conv2d":
         module = layer.module

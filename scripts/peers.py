@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from kfac import KFAC
+from published import PublishedEva
 from recipe import near_miss
 from torch import Tensor, nn
 
@@ -219,6 +220,11 @@ def _eva(preset: str) -> Build:
     return make
 
 
+def _published(model: nn.Module, lr: float, weight_decay: float, total_steps: int, **options: Any):
+    cls = _class(PublishedEva, options)
+    return cls(_groups(_trainable(model), weight_decay), plan(model).layers, lr=lr, **options)
+
+
 def _peer(make: Build, lr_ratio: float, source: str, **fields: Any) -> Peer:
     def scaled(model: nn.Module, lr: float, weight_decay: float, total_steps: int, **options: Any):
         return make(model, lr, weight_decay / lr_ratio, total_steps, **options)
@@ -228,6 +234,7 @@ def _peer(make: Build, lr_ratio: float, source: str, **fields: Any) -> Peer:
 
 PEERS = {
     "adamw": _peer(_whole_model("torch.optim.AdamW", fused=True), 1.0, "torch.optim.AdamW, fused"),
+    "adamw_8bit": _peer(_whole_model("bitsandbytes.optim.AdamW8bit"), 1.0, "bitsandbytes.optim.AdamW8bit"),
     "sgd": _peer(
         _whole_model("torch.optim.SGD", momentum=0.9, fused=True), 50.0, "torch.optim.SGD, momentum 0.9, fused"
     ),
@@ -261,4 +268,7 @@ PEERS = {
     "paper_eva": _peer(_eva("paper_eva"), 100.0, 'hf_eva, EvaConfig.paper("eva")'),
     "paper_eva_f": _peer(_eva("paper_eva_f"), 30.0, 'hf_eva, EvaConfig.paper("eva_f")'),
     "paper_eva_s": _peer(_eva("paper_eva_s"), 50.0, 'hf_eva, EvaConfig.paper("eva_s")'),
+    "published_eva": _peer(
+        _published, 100.0, 'scripts/published.py, EvaConfig.paper("eva") as its authors compute it'
+    ),
 }

@@ -181,9 +181,9 @@ def test_muon_makes_singular_values_alike_as_that_of_torch(shape):
 
 
 def moments(model, optimizer, loss):
-    """Per layer: the sums of a backward pass in float64, as `_tokens` pairs them."""
+    """Per layer: the sums of a backward pass in float64, as `tokens` pairs them."""
     seen = {}
-    optimizer.observe = lambda layer, x, grad: seen.update({layer.name: kfac._tokens(layer, x, grad)})
+    optimizer.observe = lambda layer, x, grad: seen.update({layer.name: kfac.tokens(layer, x, grad)})
     loss(model).backward()
     return seen
 
