@@ -69,8 +69,13 @@ def seq2seq(tokenizer: PreTrainedTokenizerFast) -> Kind:
     return Kind(Seq2SeqTrainer, Seq2SeqTrainingArguments, model, rows, settings, others, "SEQ_2_SEQ_LM", ["q", "v"])
 
 
+def need_trl() -> Any:
+    pytest.importorskip("accelerate", minversion="1.10", reason="TRL reads Accelerator.parallelism_config")
+    return pytest.importorskip("trl")
+
+
 def sft(tokenizer: PreTrainedTokenizerFast) -> Kind:
-    trl = pytest.importorskip("trl")
+    trl = need_trl()
     rows = datasets.Dataset.from_dict({"text": [f"the {word} is lovely" for word in WORDS] * 2})
     others = {"processing_class": tokenizer}
     return Kind(
@@ -79,7 +84,7 @@ def sft(tokenizer: PreTrainedTokenizerFast) -> Kind:
 
 
 def dpo(tokenizer: PreTrainedTokenizerFast) -> Kind:
-    trl = pytest.importorskip("trl")
+    trl = need_trl()
     columns = {"prompt": "the film is", "chosen": " lovely", "rejected": " awful"}
     rows = datasets.Dataset.from_dict({name: [text] * 8 for name, text in columns.items()})
     others = {"processing_class": tokenizer}
@@ -208,6 +213,7 @@ def test_adapters(kind, variant, tmp_path):
         task_type=kind.task, r=2, target_modules=kind.targets, fan_in_fan_out="c_attn" in kind.targets
     )
     if kind.task == "FEATURE_EXTRACTION":
+        pytest.importorskip("peft", minversion="0.18.2", reason="transformers adds adapters with newer releases only")
         kind.model.add_adapter(lora)
     else:
         kind.model = peft.get_peft_model(kind.model, lora)
