@@ -12,7 +12,7 @@ from .selection import Plan, plan
 
 if TYPE_CHECKING:
     from .registration import register, unregister
-    from .trainer import EvaTrainer, EvaTrainerMixin, EvaTrainingArguments
+    from .trainer import EvaTrainer, EvaTrainerMixin, EvaTrainingArguments, EvaTrainingArgumentsMixin
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "EvaTrainer",
     "EvaTrainerMixin",
     "EvaTrainingArguments",
+    "EvaTrainingArgumentsMixin",
     "Plan",
     "create_eva_optimizer",
     "plan",
@@ -34,6 +35,7 @@ _LAZY = {
     "EvaTrainer": ".trainer",
     "EvaTrainerMixin": ".trainer",
     "EvaTrainingArguments": ".trainer",
+    "EvaTrainingArgumentsMixin": ".trainer",
     "register": ".registration",
     "unregister": ".registration",
 }

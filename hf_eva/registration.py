@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import TrainingArguments, training_args
-from transformers.training_args import OptimizerNames, ParallelMode
+from transformers import TrainingArguments
 
 from .config import EvaConfig, parse_options
 from .optimizer import Eva
@@ -22,34 +20,32 @@ def register() -> None:
     Make `optim="eva"` valid for the stock `Trainer` and all its subclasses, on the command line and in Python.
 
     Options are given as `optim_args="rank=8,damping=0.03"`, layers are chosen with `optim_target_modules`. Calling it
-    again changes nothing; [`unregister`] takes it back.
+    again changes nothing; [`unregister`] takes it back. It holds for one process: each process of a training calls it.
 
     Raises:
         RuntimeError: this version of transformers has no table of optimizers that could be extended.
     """
-    handlers = _handlers()
+    names, handlers = _tables()
     if NAME in handlers:
         return
-    member = str.__new__(OptimizerNames, NAME)
-    member._name_, member._value_ = NAME.upper(), NAME
-    member.__objclass__ = OptimizerNames
-    member._sort_order_ = len(OptimizerNames._member_names_)
-    OptimizerNames._member_names_.append(member._name_)
-    OptimizerNames._member_map_[member._name_] = member
-    OptimizerNames._value2member_map_[NAME] = member
+    member = str.__new__(names, NAME)
+    member._name_, member._value_, member._sort_order_ = NAME.upper(), NAME, len(names._member_names_)
+    names._member_map_[member._name_] = member
+    names._member_names_.append(member._name_)
+    # Looked up by its value it is a plain string, which is what TrainingArguments then hold: pickled, the member would
+    # not load in a process that has not registered it.
+    names._value2member_map_[NAME] = NAME
     handlers[NAME] = _handler
-    TrainingArguments.__post_init__ = _with_plain_name(TrainingArguments.__post_init__)
 
 
 def unregister() -> None:
     """Take back what [`register`] did."""
-    handlers = _handlers()
+    names, handlers = _tables()
     if handlers.pop(NAME, None) is None:
         return
-    OptimizerNames._member_names_.remove(NAME.upper())
-    del OptimizerNames._member_map_[NAME.upper()]
-    del OptimizerNames._value2member_map_[NAME]
-    TrainingArguments.__post_init__ = TrainingArguments.__post_init__.__wrapped__
+    names._member_names_.remove(NAME.upper())
+    del names._member_map_[NAME.upper()]
+    del names._value2member_map_[NAME]
 
 
 def eva_class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[Eva], dict[str, Any]]:
@@ -78,7 +74,7 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
         raise ValueError("optim='eva' does not run under DeepSpeed, which owns the gradients: use DDP or FSDP2.")
     if args.fsdp:
         raise ValueError("optim='eva' does not run under FSDP, which shards gradients: use DDP.")
-    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+    if args.parallel_mode.value == "not_distributed":
         raise ValueError(
             f"optim='eva' does not run under nn.DataParallel, which was chosen because {args.n_gpu} GPUs are visible: "
             "start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
@@ -89,25 +85,17 @@ def _handler(context: Any) -> tuple[type[Eva], dict[str, Any]]:
     return eva_class_and_kwargs(context.args, context.model)
 
 
-def _handlers() -> dict[str, Any]:
+def _tables() -> tuple[Any, dict[str, Any]]:
+    """The enumeration of all values of `optim`, and the function behind each."""
     try:
-        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
-    except ImportError:
+        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
+        from transformers.training_args import OptimizerNames as names
+
+        # What is needed of an enumeration, beside the names that every dictionary has.
+        _ = names._member_map_, names._member_names_, names._value2member_map_
+    except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"hf_eva does not know how to register itself with transformers {transformers.__version__}, which has no "
-            "transformers.trainer_optimizer: install transformers>=5.6,<6, or use hf_eva.EvaTrainer."
-        ) from None
-    handlers: dict[str, Any] = _OPTIMIZER_HANDLERS
-    return handlers
-
-
-def _with_plain_name(post_init: Any) -> Any:
-    """`__post_init__` that leaves `optim` a plain string: the enum member could not be unpickled without hf_eva."""
-
-    @functools.wraps(post_init)
-    def wrapped(self: training_args.TrainingArguments) -> None:
-        post_init(self)
-        if self.optim == NAME:
-            self.optim = NAME
-
-    return wrapped
+            f"cannot add 'eva' to the optimizers of transformers {transformers.__version__} ({error}): install "
+            "transformers>=5.6,<6, or use hf_eva.EvaTrainer, which needs no registration."
+        ) from error
+    return names, handlers

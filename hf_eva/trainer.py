@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator
@@ -35,10 +36,15 @@ def _flags() -> type:
 
 
 @dataclass
-class EvaTrainingArguments(_flags(), TrainingArguments):  # type: ignore[misc]
+class EvaTrainingArgumentsMixin(_flags()):  # type: ignore[misc]
     """
-    `TrainingArguments` with `optim="eva"` and an argument `eva_<field>` for every field of [`EvaConfig`]. Every other
-    `optim` works as in `TrainingArguments`. Layers are chosen with `optim_target_modules` and `eva_exclude`.
+    What makes [`EvaTrainingArguments`] of the arguments of any trainer, whose own defaults stay:
+
+    ```python
+    @dataclass
+    class MySFTConfig(EvaTrainingArgumentsMixin, SFTConfig):
+        pass
+    ```
 
     Raises:
         ValueError: an option of Eva is unknown or out of range.
@@ -72,7 +78,7 @@ class EvaTrainingArguments(_flags(), TrainingArguments):  # type: ignore[misc]
         given = {name: value for name, value in flags.items() if value is not None}
         return EvaConfig.from_options({"preset": self.eva_preset, **parse_options(self.optim_args or ""), **given})
 
-    def set_optimizer(self, name: str = NAME, **kwargs: Any) -> EvaTrainingArguments:
+    def set_optimizer(self, name: str = NAME, **kwargs: Any) -> EvaTrainingArgumentsMixin:
         with self._stock_optim(name):
             super().set_optimizer(self.optim, **kwargs)
         return self
@@ -88,6 +94,20 @@ class EvaTrainingArguments(_flags(), TrainingArguments):  # type: ignore[misc]
         if is_eva:
             self.optim = NAME
 
+
+@dataclass
+class EvaTrainingArguments(EvaTrainingArgumentsMixin, TrainingArguments):
+    """
+    `TrainingArguments` with `optim="eva"` and an argument `eva_<field>` for every field of [`EvaConfig`]. Every other
+    `optim` works as in `TrainingArguments`. Layers are chosen with `optim_target_modules` and `eva_exclude`.
+
+    Raises:
+        ValueError: an option of Eva is unknown or out of range.
+    """
+
+
+# Where Trainer looks for parameter groups among the arguments of an optimizer, before it makes its own.
+PARAMETERS = ("params", "model", "optimizer_dict")
 
 # Any trainer of transformers or built on it stands here at run time.
 _AnyTrainer: Any = object
@@ -112,12 +132,16 @@ class EvaTrainerMixin(_AnyTrainer):
             # batches and of processes.
             self.model_accepts_loss_kwargs = False
 
-    @classmethod
-    def get_optimizer_cls_and_kwargs(cls, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        if args.optim == NAME:
-            return eva_class_and_kwargs(args, model)
-        optimizer: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
-        return optimizer
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        if args.optim != NAME:
+            optimizer: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
+            return optimizer
+        cls, options = eva_class_and_kwargs(args, model)
+        # A trainer may give parameters of its own, such as those of a loss: it is asked with a name that it knows.
+        stock = copy.copy(args)
+        stock.optim = "adamw_torch"
+        _, stock_options = super().get_optimizer_cls_and_kwargs(stock, model)
+        return cls, {**options, **{name: stock_options[name] for name in PARAMETERS if name in stock_options}}
 
     @property
     def eva_callback(self) -> EvaCallback:

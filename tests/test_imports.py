@@ -33,7 +33,7 @@ ROOMS = (
 CORE = ROOMS[: ROOMS.index("registration")]
 UPSTAIRS = {"accelerate", "datasets", "evaluate", "huggingface_hub", "jinja2", "peft", "transformers"}
 CORE_NAMES = ("Eva", "EvaConfig", "create_eva_optimizer", "plan")
-TRAINER_NAMES = ("EvaTrainer", "EvaTrainerMixin", "EvaTrainingArguments", "register")
+TRAINER_NAMES = ("EvaTrainer", "EvaTrainerMixin", "EvaTrainingArguments", "EvaTrainingArgumentsMixin", "register")
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 built = pytest.mark.skipif(not (PACKAGE / "__init__.py").exists(), reason="hf_eva/__init__.py is not there")

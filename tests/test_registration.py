@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -65,14 +66,42 @@ def test_bad_options_are_refused_before_training(tmp_path, changes, message):
 
 
 def test_registering_twice_changes_nothing_and_unregistering_takes_it_back(tmp_path):
-    names, post_init = list(OptimizerNames), TrainingArguments.__post_init__
+    names, helps = list(OptimizerNames), HfArgumentParser(TrainingArguments).format_help()
     register()
-    assert list(OptimizerNames) == names and TrainingArguments.__post_init__ is post_init
+    assert list(OptimizerNames) == names and HfArgumentParser(TrainingArguments).format_help() == helps
     unregister()
     unregister()
-    assert "eva" not in {member.value for member in OptimizerNames}
+    assert list(OptimizerNames) == [name for name in names if name.value != "eva"]
     with pytest.raises(ValueError, match="eva is not a valid OptimizerNames"):
         stock_arguments(tmp_path, optim="eva")
+    register()
+    assert stock_arguments(tmp_path, optim="eva").optim == "eva"
+
+
+def test_all_ways_to_name_the_optimizer_leave_a_plain_string(tmp_path):
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "optim": "eva"}
+    (from_file,) = HfArgumentParser(TrainingArguments).parse_dict(settings)
+    replaced = dataclasses.replace(from_file, learning_rate=1.0)
+    chosen = stock_arguments(tmp_path).set_optimizer("eva", args="rank=2")
+    for args in (from_file, replaced, chosen):
+        assert type(args.optim) is str and args.to_dict()["optim"] == "eva"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("transformers.trainer_optimizer._OPTIMIZER_HANDLERS", None),
+        ("transformers.training_args.OptimizerNames", None),
+        ("transformers.training_args.OptimizerNames", str),  # no enumeration any more
+    ],
+)
+def test_a_transformers_that_is_not_known_is_refused_with_a_sentence(name, found, monkeypatch):
+    unregister()
+    with monkeypatch.context() as changed:
+        changed.delattr(name) if found is None else changed.setattr(name, found)
+        with pytest.raises(RuntimeError, match=r"cannot add 'eva' .* transformers \d.*: install transformers>=5.6,<6"):
+            register()
+    assert "eva" not in list(OptimizerNames)
 
 
 def test_saved_arguments_load_where_eva_is_not_registered(tmp_path):

@@ -190,14 +190,12 @@ def test_unsupported_setups_are_refused_with_a_sentence(tmp_path):
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"does not run under nn\.DataParallel.*accelerate launch"):
         EvaTrainer(model(), args).create_optimizer()
-    args = arguments(tmp_path)
-    args.deepspeed = "zero2.json"
-    with pytest.raises(ValueError, match="does not run under DeepSpeed"):
-        EvaTrainer.get_optimizer_cls_and_kwargs(args, model())
-    args = arguments(tmp_path)
-    args.fsdp = True
-    with pytest.raises(ValueError, match="does not run under FSDP"):
-        EvaTrainer.get_optimizer_cls_and_kwargs(args, model())
+    trainer = EvaTrainer(model(), arguments(tmp_path))
+    for name, message in (("deepspeed", "does not run under DeepSpeed"), ("fsdp", "does not run under FSDP")):
+        args = arguments(tmp_path)
+        setattr(args, name, "settings")
+        with pytest.raises(ValueError, match=message):
+            trainer.get_optimizer_cls_and_kwargs(args, model())
 
 
 @pytest.mark.parametrize("variant", ["eva_s", "eva"])
@@ -223,3 +221,30 @@ def test_one_model_can_be_trained_by_one_trainer_after_another(tmp_path):
     for _ in range(2):
         trainer = EvaTrainer(once, arguments(tmp_path, eva_variant="eva"), train_dataset=data())
         trainer.train()
+
+
+@pytest.mark.parametrize("variant", ["eva_s", "eva"])
+def test_hyperparameters_are_searched_for(tmp_path, variant):
+    pytest.importorskip("optuna")
+    seen = []
+
+    class Searched(EvaTrainer):
+        def create_optimizer(self, *args):
+            optimizer = super().create_optimizer(*args)
+            seen.append((optimizer.config.damping, optimizer.config.decay, optimizer.config.nesterov))
+            return optimizer
+
+    def space(trial):
+        return {
+            "eva_damping": trial.suggest_float("eva_damping", 1e-3, 1.0, log=True),
+            "eva_decay": trial.suggest_categorical("eva_decay", [0.05, 0.5]),
+            "eva_nesterov": trial.suggest_categorical("eva_nesterov", [True, False]),
+        }
+
+    args = arguments(tmp_path, eva_variant=variant, eva_decay=0.1, eval_strategy="steps", eval_steps=3)
+    trainer = Searched(model_init=model, args=args, train_dataset=data(), eval_dataset=data())
+    best = trainer.hyperparameter_search(space, n_trials=3, backend="optuna", direction="minimize")
+    assert len(set(seen)) == 3
+    assert tuple(best.hyperparameters.values()) in seen
+    with pytest.raises(ValueError, match=r"damping must be in \(0, inf\), got -1.0"):
+        trainer.hyperparameter_search(lambda trial: {"eva_damping": -1.0}, n_trials=1, backend="optuna")
