@@ -17,6 +17,7 @@ import yaml
 from accelerate.commands.config import default_config_file
 
 from . import __version__
+from .hardware import cpu_name
 from .optimizer import Eva
 from .runs import FACTS_FILE, Run, read_facts, read_state
 
@@ -95,16 +96,6 @@ def run_of(trainer: Any, facts: dict[str, Any]) -> Run:
     """The run of a live trainer, as [`Run.read`] would find it in its folder."""
     folder = Path(trainer.args.output_dir)
     return Run(str(folder), trainer.state.log_history, folder, facts)
-
-
-def cpu_name() -> str:
-    """The model of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _hardware(args: Any) -> str:

@@ -271,12 +271,16 @@ def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None]:
             print(table)
     trainer = EvaTrainer(model, args, train_dataset=data["train"], eval_dataset=data["validation"], **setup)
     trainer.card_defaults = {
-        "dataset": data_args.dataset_name or data_args.train_file or data_args.train_dir,
+        "dataset": data_args.dataset_name
+        or os.path.basename(os.path.normpath(data_args.train_file or data_args.train_dir)),
         "finetuned_from": embedded.hub_id(model_args.model_name_or_path),
         "tasks": HUB_TASKS.get(data_args.task, data_args.task),
     }
     if data_args.dataset_name and not embedded.is_embedded(data_args.dataset_name):
-        trainer.card_defaults |= {"dataset_tags": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
+        trainer.card_defaults |= {
+            "dataset_tags": data_args.dataset_name,
+            "dataset_args": data_args.dataset_config_name,
+        }
     return trainer, checkpoint
 
 

@@ -24,6 +24,7 @@ ROOMS = (
     "capture",
     "optimizer",
     "factory",
+    "hardware",
     "runs",
     "plots",
     "registration",
@@ -31,6 +32,7 @@ ROOMS = (
     "facts",
     "model_card",
     "trainer",
+    "doctor",
     "cli",
     "__main__",
 )
