@@ -215,6 +215,35 @@ def test_energy_is_what_codecarbon_measured(tmp_path, monkeypatch):
     assert result.data.co2_eq_emissions["energy_consumed"] == facts_of(tmp_path)["energy"]["kwh"] > 0
 
 
+class Started:
+    """A process as psutil shows it."""
+
+    def __init__(self, words: list[str], folder: Path, *parents: Started) -> None:
+        self.cmdline, self.cwd, self.parents = (lambda: words), (lambda: str(folder)), (lambda: list(parents))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"),
+    [
+        ("python3 /bin/accelerate launch --config_file a.yaml s.py", "accelerate launch --config_file a.yaml s.py"),
+        ("python3 /bin/accelerate-launch --config_file=a.yaml s.py", "accelerate launch --config_file=a.yaml s.py"),
+        ("python3 /bin/torchrun --nproc_per_node 2 s.py", "torchrun --nproc_per_node 2 s.py"),
+        ("python3 -m torch.distributed.run s.py --token=s3", "torchrun s.py '--token=***'"),
+        ("bash", "python s.py"),
+    ],
+)
+def test_the_command_is_that_of_the_launcher(launcher, command, tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("num_processes: 2\nmain_process_ip: 10.0.0.1\ngpu_ids: null\n")
+    shell = Started(["bash"], tmp_path)
+    monkeypatch.setattr("psutil.Process", lambda: Started([], tmp_path, Started(launcher.split(), tmp_path), shell))
+    monkeypatch.setattr("sys.argv", ["s.py"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    text = card(tmp_path / "run").text
+    assert f"```bash\n{command}\n```" in text
+    assert ("by `a.yaml`:\n\n```yaml\nnum_processes: 2\n```" in text) == ("a.yaml" in command)
+
+
+@pytest.mark.slow
 def test_the_launcher_and_its_configuration_are_named(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
