@@ -43,7 +43,7 @@ class EvaTrainingArguments(_flags(), TrainingArguments):  # type: ignore[misc]
     `optim` works as in `TrainingArguments`. Layers are chosen with `optim_target_modules` and `eva_exclude`.
 
     Raises:
-        ValueError: an option of Eva is unknown or out of range.
+        ValueError: an option of Eva is unknown or out of range, or `baseline_run` is no run that was evaluated.
     """
 
     optim: str = field(
@@ -70,6 +70,9 @@ class EvaTrainingArguments(_flags(), TrainingArguments):  # type: ignore[misc]
             super().__post_init__()
         if self.optim == NAME:
             self.eva_config  # noqa: B018  raises here, and not when the training starts
+        if self.baseline_run and self.process_index == 0:
+            baseline = Run.read(self.baseline_run)
+            compare(baseline, baseline)  # raises here, and not when the training is over
 
     @property
     def eva_config(self) -> EvaConfig | None:
@@ -110,9 +113,6 @@ class EvaTrainerMixin(_AnyTrainer):
 
     `card_defaults` holds arguments of `create_model_card` for every card of this trainer: those that `push_to_hub`
     writes, those that a script asks for and those written by hand.
-
-    Raises:
-        ValueError: `args.baseline_run` names no folder of a run that was evaluated.
     """
 
     model_accepts_loss_kwargs: bool  # an attribute of Trainer
@@ -121,8 +121,6 @@ class EvaTrainerMixin(_AnyTrainer):
         super().__init__(*args, **kwargs)
         self.card_defaults: dict[str, Any] = {}
         self.add_callback(EvaCallback())
-        if self.is_world_process_zero() and (baseline := self._baseline()) is not None:
-            compare(baseline, baseline)  # raises here, and not when the training is over
         if self.model_accepts_loss_kwargs and _ignores_item_count(self.accelerator.unwrap_model(self.model)):
             # Trainer takes every forward with **kwargs for one that divides its loss by the number of items in the
             # whole batch. For one that does not, it would leave gradients too large by the number of accumulated

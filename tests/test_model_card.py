@@ -161,7 +161,7 @@ def test_a_baseline_that_was_better_is_not_reached(tmp_path):
 def test_a_baseline_that_cannot_be_compared_is_refused_before_the_training(losses, expected, tmp_path):
     baseline = tmp_path / "baseline" if losses is None else write_run(tmp_path / "baseline", losses)
     with pytest.raises(ValueError, match=expected):
-        EvaTrainer(model(), arguments(tmp_path / "run", baseline_run=str(baseline)), train_dataset=data())
+        arguments(tmp_path / "run", baseline_run=str(baseline))
 
 
 def test_pictures_are_embedded_where_there_is_something_to_draw(tmp_path):
