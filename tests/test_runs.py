@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from histories import LAYERS, write_optimizer, write_run
 
+from hf_eva import EvaConfig, create_eva_optimizer
 from hf_eva.runs import Run, compare
 
 
@@ -96,3 +98,18 @@ def test_a_folder_that_is_no_run_is_refused(text, expected, tmp_path):
         (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(ValueError, match=expected):
         Run.read(tmp_path)
+
+
+def test_the_shares_are_those_of_the_singular_values_of_the_gradient(tmp_path):
+    layer = torch.nn.Linear(6, 4, bias=False)
+    optimizer = create_eva_optimizer(layer, config=EvaConfig(rank=3))
+    gradient = torch.randn(4, 6)
+    layer.weight.grad = gradient.clone()
+    optimizer.step()
+    folder = write_run(tmp_path / "run", facts={"layers": {"0": "only"}})
+    (folder / "checkpoint-10").mkdir()
+    torch.save(optimizer.state_dict(), folder / "checkpoint-10" / "optimizer.pt")
+    squares = torch.linalg.svdvals(gradient).square()
+    for spectrum in Run.read(folder).spectra():
+        # One step does not yet find the smallest direction.
+        assert spectrum.shares[:2] == pytest.approx((squares / squares.sum())[:2].tolist(), rel=0.02)
