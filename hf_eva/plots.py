@@ -171,7 +171,7 @@ def _spectra(spectra: Sequence[Spectrum], title: str, theme: Theme) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     layers = list(dict.fromkeys(spectrum.layer for spectrum in spectra))
     longest = max(len(spectrum.shares) for spectrum in spectra)
-    lowest = min((share for spectrum in spectra for share in spectrum.shares if share > 0), default=0.1)
+    present = [share for spectrum in spectra for share in spectrum.shares if share > 0] or [1.0]
     # The end of the map that would vanish in the ground is left out.
     first, last = (0, 200) if theme == "light" else (90, 255)
     shades = LinearSegmentedColormap.from_list("layers", [matplotlib.colormaps[_MAP](i) for i in range(first, last)])
@@ -186,7 +186,8 @@ def _spectra(spectra: Sequence[Spectrum], title: str, theme: Theme) -> Figure:
         )
         panel.add_collection(lines)
         panel.set_yscale("log")
-        panel.set_ylim(lowest / 1.5, 1)
+        # An estimate beyond the whole is an error of the optimizer's, and has to be seen.
+        panel.set_ylim(min(present) / 1.5, 1.0 if max(present) < 1.01 else 1.5 * max(present))
         panel.set_xlim(1, max(2, longest))
         panel.set_xticks(sorted({1, *range(max(1, longest // 4), longest + 1, max(1, longest // 4))}))
         panel.set_xlabel(f"direction of the {side}, by size")
