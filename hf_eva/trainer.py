@@ -15,8 +15,10 @@ from transformers import Trainer, TrainingArguments
 
 from .callbacks import EvaCallback
 from .config import PRESETS, EvaConfig, parse_options
-from .model_card import add_training_section
+from .facts import run_facts, run_of, save_facts
+from .model_card import write_training_section
 from .registration import NAME, eva_class_and_kwargs
+from .runs import Run, compare, read_facts
 
 
 def _flags() -> type:
@@ -47,7 +49,7 @@ class EvaTrainingArgumentsMixin(_flags()):  # type: ignore[misc]
     ```
 
     Raises:
-        ValueError: an option of Eva is unknown or out of range.
+        ValueError: an option of Eva is unknown or out of range, or `baseline_run` is no run that was evaluated.
     """
 
     optim: str = field(
@@ -62,12 +64,21 @@ class EvaTrainingArgumentsMixin(_flags()):  # type: ignore[misc]
         default=None,
         metadata={"help": "Layers not to precondition, as names, parts of names or regular expressions."},
     )
+    baseline_run: str | None = field(
+        default=None,
+        metadata={
+            "help": "Output folder of an earlier run: the model card reports the time to its last evaluation loss."
+        },
+    )
 
     def __post_init__(self) -> None:
         with self._stock_optim():
             super().__post_init__()
         if self.optim == NAME:
             self.eva_config  # noqa: B018  raises here, and not when the training starts
+        if self.baseline_run and self.process_index == 0:
+            baseline = Run.read(self.baseline_run)
+            compare(baseline, baseline)  # raises here, and not when the training is over
 
     @property
     def eva_config(self) -> EvaConfig | None:
@@ -119,12 +130,16 @@ class EvaTrainerMixin(_AnyTrainer):
 
     It creates the optimizer where `args.optim` is `"eva"`, logs the time per step and the optimizer's share of it,
     and adds the section "Training time" to the model card, also for other optimizers.
+
+    `card_defaults` holds arguments of `create_model_card` for every card of this trainer: those that `push_to_hub`
+    writes, those that a script asks for and those written by hand.
     """
 
     model_accepts_loss_kwargs: bool  # an attribute of Trainer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.card_defaults: dict[str, Any] = {}
         self.add_callback(EvaCallback())
         if self.model_accepts_loss_kwargs and _ignores_item_count(self.accelerator.unwrap_model(self.model)):
             # Trainer takes every forward with **kwargs for one that divides its loss by the number of items in the
@@ -155,10 +170,26 @@ class EvaTrainerMixin(_AnyTrainer):
             logs.update(self.eva_callback.summary())
         super().log(logs, *args, **kwargs)
 
+    def save_state(self) -> None:
+        super().save_state()
+        if self.is_world_process_zero() and self.eva_callback.times.steps:
+            save_facts(run_facts(self), Path(self.args.output_dir))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
+        described = kwargs if args else {**self.card_defaults, **kwargs}
+        super().create_model_card(*args, **described)
         if self.is_world_process_zero():
-            add_training_section(Path(self.args.output_dir) / "README.md", self)
+            folder, is_trained = Path(self.args.output_dir), self.eva_callback.times.steps > 0
+            # A trainer that has not trained describes the training that its folder tells of, if any.
+            facts = run_facts(self) if is_trained else read_facts(folder)
+            if facts:
+                run = run_of(self, facts) if is_trained else Run.read(folder)
+                write_training_section(run, facts, self._baseline(), described)
+                save_facts(facts, folder)
+
+    def _baseline(self) -> Run | None:
+        folder = getattr(self.args, "baseline_run", None)
+        return Run.read(folder) if folder else None
 
 
 class EvaTrainer(EvaTrainerMixin, Trainer):

@@ -40,7 +40,7 @@ from finetune import BAD_INPUT
 from report import write_report
 from tqdm import tqdm
 
-from hf_eva.model_card import cpu_name
+from hf_eva.hardware import cpu_name
 
 BUSY = 20  # percent of the processors
 STAGES = ("tune", "run", "sweep", "time", "report")

@@ -7,6 +7,7 @@ classification. A recipe is a YAML file of the arguments below; the command line
 
     accelerate launch scripts/finetune.py configs/recipes/bert.yaml
     accelerate launch scripts/finetune.py configs/recipes/bert.yaml --optim adamw_torch --output_dir runs/bert-adamw
+    accelerate launch scripts/finetune.py configs/recipes/bert.yaml --baseline_run runs/bert-adamw
     accelerate launch --config_file configs/accelerate/cpu_2.yaml scripts/finetune.py configs/recipes/gpt2.yaml
     torchrun --nproc_per_node 2 scripts/finetune.py configs/recipes/vit.yaml --resume_from_checkpoint last
 
@@ -33,7 +34,6 @@ import evaluate
 import numpy as np
 import transformers
 from datasets import DatasetDict
-from plot import plot_runs
 from recipe import near_miss, parse_arguments
 from task_data import DataArguments, check_columns, load_data, read_classes, train_tokenizer
 from transformers import (
@@ -54,6 +54,7 @@ from hf_eva import EvaTrainer, EvaTrainingArguments, plan
 IMAGE_PROCESSOR = "ViTImageProcessorPil" if hasattr(transformers, "ViTImageProcessorPil") else "ViTImageProcessor"
 METRICS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "metrics")
 BAD_INPUT = (ValueError, OSError, ImportError, RuntimeError, datasets.exceptions.DatasetsError)
+HUB_TASKS = {"sequence-classification": "text-classification", "causal-lm": "text-generation"}  # named otherwise there
 Setup = tuple[DatasetDict, dict[str, Any]]  # the data, and the other arguments of the Trainer with a `model_init`
 SUMMARY = {
     "train_loss": "training loss, mean of the run",
@@ -249,8 +250,8 @@ def set_up(model_args: ModelArguments, data_args: DataArguments) -> Setup:
     return TASKS[data_args.task](model_args, data_args, load_data(data_args))
 
 
-def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None, dict[str, Any]]:
-    """Returns trainer, checkpoint and facts of the card, or raises one of `BAD_INPUT` and leaves nothing behind."""
+def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None]:
+    """Returns trainer and checkpoint, or raises one of `BAD_INPUT` and leaves nothing behind."""
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, EvaTrainingArguments), argv, __doc__)
     checkpoint = find_checkpoint(args, model_args.overwrite_output_dir)
     if args.process_index > 0:
@@ -269,14 +270,24 @@ def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None, dict[str, Any]]:
         if args.process_index == 0:
             print(table)
     trainer = EvaTrainer(model, args, train_dataset=data["train"], eval_dataset=data["validation"], **setup)
-    source = data_args.dataset_name or data_args.train_file or data_args.train_dir
-    return trainer, checkpoint, {"dataset": source, "finetuned_from": embedded.hub_id(model_args.model_name_or_path)}
+    trainer.card_defaults = {
+        "dataset": data_args.dataset_name
+        or os.path.basename(os.path.normpath(data_args.train_file or data_args.train_dir)),
+        "finetuned_from": embedded.hub_id(model_args.model_name_or_path),
+        "tasks": HUB_TASKS.get(data_args.task, data_args.task),
+    }
+    if data_args.dataset_name and not embedded.is_embedded(data_args.dataset_name):
+        trainer.card_defaults |= {
+            "dataset_tags": data_args.dataset_name,
+            "dataset_args": data_args.dataset_config_name,
+        }
+    return trainer, checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     try:
-        trainer, checkpoint, card = prepare(sys.argv[1:] if argv is None else argv)
+        trainer, checkpoint = prepare(sys.argv[1:] if argv is None else argv)
     except BAD_INPUT as error:
         print(f"finetune.py: error: {textwrap.shorten(str(error), 1000)}", file=sys.stderr)
         sys.exit(2)
@@ -291,13 +302,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()
 
-    folder = trainer.args.output_dir
-    if trainer.is_world_process_zero():
-        plot_runs([folder], os.path.join(folder, "loss.png"))
-    trainer.create_model_card(**card)
+    trainer.create_model_card()
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     if trainer.is_world_process_zero():
+        folder = trainer.args.output_dir
         results = {**training, **evaluation}
         rows = [f"{label:<38}{results[key]:>12,.4g}" for key, label in SUMMARY.items() if key in results]
         print("", *rows, f"plot  {folder}/loss.png", f"card  {folder}/README.md", sep="\n")

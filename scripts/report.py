@@ -13,8 +13,9 @@ from compare_results import Results, read_runs, read_times
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from peers import PEERS
-from plot import COLOURS
 from scipy import stats
+
+from hf_eva.plots import COLOURS
 
 NEAR = 1.05  # times the baseline's best loss still counts as near it
 LONGEST = 2.0  # trainings of the baseline that the plot over time shows

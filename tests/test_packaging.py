@@ -111,9 +111,8 @@ def test_wheel_says_what_it_needs(archives: tuple[Path, Path]) -> None:
     needs = [line.partition(": ")[2] for line in lines if line.startswith("Requires-Dist: ")]
     assert [Requirement(need).name for need in needs if "extra ==" not in need] == ["torch"]
     entry_points = configparser.ConfigParser()
-    if f"{info}/entry_points.txt" in wheel.namelist():
-        entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
-    assert not entry_points.has_section("console_scripts")
+    entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    assert dict(entry_points["console_scripts"]) == {"hf-eva": "hf_eva.cli:main"}
 
 
 def test_source_archive_can_run_the_tests(archives: tuple[Path, Path]) -> None:

@@ -8,6 +8,8 @@ import finetune
 import pytest
 import transformers
 import yaml
+from finetune import HUB_TASKS
+from huggingface_hub import ModelCard
 from recipe import parse_arguments
 from running import PYTHON, ROOT, TORCHRUN_2, launch
 
@@ -21,7 +23,9 @@ FILES = {
     "README.md",
     "all_results.json",
     "config.json",
+    "eva_run.json",
     "eval_results.json",
+    "loss-spectra.png",
     "loss.png",
     "model.safetensors",
     "train_results.json",
@@ -60,7 +64,11 @@ def test_a_run_leaves_model_results_plot_and_card(finished):
     assert names >= FILES | {PROCESSOR_FILE[task], "checkpoint-2", "checkpoint-4"}
     assert len(history(folder, "loss")) == 4
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "### Training time" in (folder / "README.md").read_text()
+    card = ModelCard.load(folder / "README.md")
+    assert "### Training time" in card.text and "](loss-spectra.png)" in card.text
+    wanted = {"loss", "perplexity"} if task == LM else {"accuracy", "f1"}
+    assert {result.metric_type for result in card.data.eval_results} >= wanted
+    assert {result.task_type for result in card.data.eval_results} == {HUB_TASKS.get(task, task)}
     results = read(folder, "all_results.json")
     metrics = {"perplexity"} if task == LM else {"eval_accuracy", "eval_f1", "eval_majority_class"}
     assert results.keys() >= {"train_loss", "eval_loss", "train_steps_seconds", "script_seconds"} | metrics
@@ -212,6 +220,7 @@ BAD_INPUT = {
         "--train_file= --dataset_name embedded:novels",
         "there is no 'embedded:novels', only embedded:movie",
     ),
+    "no baseline": (TEXT, "--baseline_run nowhere", "there is no nowhere/trainer_state.json"),
     "hub data": (LM, "--train_file= --dataset_name nobody/nothing", "nobody/nothing"),
     "two models": (TEXT, "--model_name_or_path embedded:minilm", "either --model_name_or_path or --model_type"),
     "hub model": (LM, "--model_type= --config_overrides= --model_name_or_path nobody/nothing", "nobody/nothing"),
