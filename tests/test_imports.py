@@ -21,6 +21,7 @@ ROOMS = (
     "stacks",
     "selection",
     "collectives",
+    "masks",
     "capture",
     "optimizer",
     "factory",
