@@ -25,6 +25,7 @@ ROOMS = (
     "capture",
     "optimizer",
     "factory",
+    "loss_scale",
     "registration",
     "callbacks",
     "model_card",
