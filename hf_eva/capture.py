@@ -63,6 +63,7 @@ class Capture:
         self.with_output_gradients = with_output_gradients
         self.called: set[int] = set()  # layers whose hook has fired in training; read for a warning only
         self._buffer: Tensor | None = None
+        self._place: tuple[torch.dtype, torch.device] | None = None
         self._sizes: list[list[int]] = []
         for layer in self.layers:
             d_out, d_in = layer.shape
@@ -91,8 +92,10 @@ class Capture:
 
     def start_window(self) -> None:
         """Forget what was gathered since the last step."""
-        if self._buffer is not None:
+        if self._buffer is not None and self._place == self._wanted_place():
             self._buffer.zero_()
+        else:
+            self._buffer = None
 
     def collect(self) -> list[Statistics]:
         """
@@ -118,9 +121,14 @@ class Capture:
     def _allocated(self, device: torch.device) -> Tensor:
         """The buffer; allocated late, because models are moved between the making of the optimizer and training."""
         if self._buffer is None:
-            dtype = max((working_dtype(layer.weight) for layer in self.layers), key=lambda dtype: dtype.itemsize)
-            self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=dtype, device=device)
+            self._place = self._wanted_place()
+            self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=self._place[0], device=device)
         return self._buffer
+
+    def _wanted_place(self) -> tuple[torch.dtype, torch.device]:
+        """Where the buffer belongs: the highest precision of all layers, and the device of the first."""
+        dtypes = (working_dtype(layer.weight) for layer in self.layers)
+        return max(dtypes, key=lambda dtype: dtype.itemsize), self.layers[0].weight.device
 
 
 class _Hook:
