@@ -256,7 +256,8 @@ def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> t
     for _ in range(ITERATIONS):
         images = gram_images(grads, output, input)
         output, input = (
-            torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis)
+            # A layout of its own: with that of qr, products would be rounded otherwise after a resumption.
+            torch.where(valid, torch.linalg.qr(image.nan_to_num())[0].contiguous(), basis)
             for basis, image in zip((output, input), images, strict=True)
         )
     return output, input
