@@ -12,6 +12,7 @@ away without a step (an overflow under fp16) ends when the next forward pass fin
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import sum_over_processes_
-from .layers import Layer, LayerKind, working_dtype
+from .layers import Layer, working_dtype
+from .masks import MaskScope, scopes_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,20 @@ class Statistics:
 class Capture:
     """
     Hooks on `layers` and the flat buffer they add to. Hooks reach this object through a weak reference, so that they
-    go when it goes.
+    go when it goes. With `mask_padding`, positions that the model's `attention_mask` calls padding do not count.
 
     Raises:
         ValueError: another live `Capture` is attached to one of the layers.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], with_output_gradients: bool) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], with_output_gradients: bool, mask_padding: bool = True
+    ) -> None:
         self.layers = list(layers)
         self.with_output_gradients = with_output_gradients
         self.called: set[int] = set()  # layers whose hook has fired in training; read for a warning only
         self._buffer: Tensor | None = None
+        self._place: tuple[torch.dtype, torch.device] | None = None
         self._sizes: list[list[int]] = []
         for layer in self.layers:
             d_out, d_in = layer.shape
@@ -66,7 +73,13 @@ class Capture:
                     f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
                 )
         self._starts = [0, *accumulate(map(sum, self._sizes))]
-        handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Hook(self, _before_forward))]
+        handles: list[RemovableHandle] = []
+        self.models, self.scopes = scopes_of(model, [layer.name for layer in self.layers])
+        self.mask_padding, self.committed, self.warned = mask_padding, False, False
+        for name, scope in self.models.items():
+            if mask_padding or not name:
+                hook = _Hook(self, _before_model, scope)
+                handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         for index, layer in enumerate(self.layers):
             # First of all hooks: another may replace the output, and wanted is what the layer itself computed.
             hook = _Hook(self, _after_layer, index)
@@ -79,8 +92,10 @@ class Capture:
 
     def start_window(self) -> None:
         """Forget what was gathered since the last step."""
-        if self._buffer is not None:
+        if self._buffer is not None and self._place == self._wanted_place():
             self._buffer.zero_()
+        else:
+            self._buffer = None
 
     def collect(self) -> list[Statistics]:
         """
@@ -106,9 +121,14 @@ class Capture:
     def _allocated(self, device: torch.device) -> Tensor:
         """The buffer; allocated late, because models are moved between the making of the optimizer and training."""
         if self._buffer is None:
-            dtype = max((working_dtype(layer.weight) for layer in self.layers), key=lambda dtype: dtype.itemsize)
-            self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=dtype, device=device)
+            self._place = self._wanted_place()
+            self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=self._place[0], device=device)
         return self._buffer
+
+    def _wanted_place(self) -> tuple[torch.dtype, torch.device]:
+        """Where the buffer belongs: the highest precision of all layers, and the device of the first."""
+        dtypes = (working_dtype(layer.weight) for layer in self.layers)
+        return max(dtypes, key=lambda dtype: dtype.itemsize), self.layers[0].weight.device
 
 
 class _Hook:
@@ -139,37 +159,66 @@ def _no_operation(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _before_forward(capture: Capture, module: nn.Module, args: Any) -> None:
+def _before_model(
+    capture: Capture, scope: MaskScope, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     # Inside a backward pass (checkpointing around the whole model) gradients can be missing without a new window.
-    outside_backward = torch._C._current_graph_task_id() == -1
-    if outside_backward and all(layer.weight.grad is None for layer in capture.layers):
+    if scope.parent is None and not _in_backward() and all(layer.weight.grad is None for layer in capture.layers):
         capture.start_window()
+    if capture.committed:
+        capture.committed = False
+        for other in capture.models.values():
+            other.start()
+    if capture.mask_padding:
+        scope.enter(args, kwargs)
 
 
 def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if not output.requires_grad:
         return
-    layer = capture.layers[index]
+    layer, scope = capture.layers[index], capture.scopes[index]
+    x = (args[0] if args else next(iter(kwargs.values()))).detach()
+    # Reentrant checkpointing calls the layer again when its model may have been called with another batch.
+    is_unclear = _in_backward() and scope.is_ambiguous
+    rows = "all" if is_unclear else scope.rows(index, x)
+    if isinstance(rows, str) and rows == "none":
+        return
     with torch.no_grad():
-        x = args[0] if args else next(iter(kwargs.values()))
-        x_sum, x_square, tokens = layer.kind.input_sums(module, x.detach(), working_dtype(layer.weight))
-        sums = torch.cat([x_sum.new_full((1,), tokens), x_sum, x_square.view(1)])
-    kind = layer.kind if capture.with_output_gradients else None
+        real = None if isinstance(rows, str) else rows
+        x_sum, x_square, tokens = layer.kind.input_sums(module, x, working_dtype(layer.weight), real)
+        sums = torch.cat([tokens.view(1), x_sum, x_square.view(1)])
     slot = capture.slot(index, output.device)
     capture.called.add(index)
     # On the tensor that holds the values: an in-place operation gives a view another gradient, but not its base.
     holder = output._base if output._is_view() and output._base is not None else output
-    holder.register_hook(partial(_commit, sums, slot, kind))
+    holder.register_hook(partial(_commit, weakref.ref(capture), index, sums, slot, is_unclear))
 
 
-def _commit(sums: Tensor, slot: Tensor, kind: LayerKind | None, grad: Tensor) -> None:
-    """Add the sums of an input, and those of the output gradient where a kind is given, to a layer's slot."""
+def _commit(
+    reference: weakref.ref[Capture], index: int, sums: Tensor, slot: Tensor, is_unclear: bool, grad: Tensor
+) -> None:
+    """Add the sums of an input, and those of the output gradient where they are wanted, to a layer's slot."""
+    capture = reference()
+    if capture is None:
+        return
+    capture.committed = True
+    if is_unclear and not capture.warned:
+        capture.warned = True
+        logger.warning(
+            "Reentrant gradient checkpointing over several forward passes hides which positions of layer %r are "
+            "padding: all of them count. Use `use_reentrant=False`.",
+            capture.layers[index].name,
+        )
     with torch.no_grad():
         inputs, outputs = slot.split([len(sums), len(slot) - len(sums)])
         inputs.add_(sums.to(inputs.device))
-        if kind is not None:
-            delta_sum, delta_square = kind.output_gradient_sums(grad, sums.dtype)
+        if capture.with_output_gradients:
+            delta_sum, delta_square = capture.layers[index].kind.output_gradient_sums(grad, sums.dtype)
             outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

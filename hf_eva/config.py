@@ -77,6 +77,11 @@ class EvaConfig:
         "Scale of the output-gradient vector: its 'sum' over the tokens of a batch, or their 'mean' as in the "
         "authors' code. Matters with absolute damping only.",
     )
+    mask_padding: bool = _hyperparameter(
+        True,
+        "Leave positions that a batch's `attention_mask` calls padding out of the means of inputs. Matters for "
+        "variants 'eva' and 'eva_f' only.",
+    )
     base: Base = _hyperparameter(
         "adamw",
         "Rule that consumes the direction. 'adamw': momentum is preconditioned and scaled to the size of an AdamW "

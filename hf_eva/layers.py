@@ -46,9 +46,18 @@ class LayerKind:
         """A view of a vector `(d_out,)` that broadcasts over a tensor of `ndim` axes laid out as the weight."""
         return vector.view(-1, *[1] * (ndim - 1))
 
-    def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-        """`Σ x` of shape `(d_in,)`, `Σ ‖x‖²` and the number of tokens of an input as the module receives it."""
-        return x.reshape(-1, x.shape[-1]).sum(0, dtype=dtype), _squares(x, dtype), x.numel() // x.shape[-1]
+    def input_sums(
+        self, module: nn.Module, x: Tensor, dtype: torch.dtype, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        `Σ x` of shape `(d_in,)`, `Σ ‖x‖²` and the number of tokens of an input as the module receives it. `real` says
+        with booleans `(tokens,)` which tokens count.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        if real is None:
+            return rows.sum(0, dtype=dtype), _squares(rows, dtype), _count(len(rows), x.device, dtype)
+        rows = torch.where(real.unsqueeze(1), rows, 0)  # no product: padding may hold anything, also NaN
+        return rows.sum(0, dtype=dtype), _squares(rows, dtype), real.sum(dtype=dtype)
 
     def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`Σ δ` of shape `(d_out,)` and `Σ ‖δ‖²` of the gradient at the module's output."""
@@ -95,14 +104,16 @@ class Conv2dKind(LayerKind):
     def matrices(self, stack: Tensor) -> Tensor:
         return stack.view(*stack.shape[:2], -1)
 
-    def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    def input_sums(
+        self, module: nn.Module, x: Tensor, dtype: torch.dtype, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         assert isinstance(module, nn.Conv2d)
         if x.ndim == 3:
             x = x.unsqueeze(0)
         # Taking patches is linear, so the batch is summed first and only one image has to be unfolded.
         sums, positions = self._patch_sums(module, x.sum(0, keepdim=True, dtype=dtype))
         squares, _ = self._patch_sums(module, x.to(dtype).square().sum(0, keepdim=True))
-        return sums, squares.sum(), x.shape[0] * positions
+        return sums, squares.sum(), _count(x.shape[0] * positions, x.device, dtype)
 
     def _patch_sums(self, module: nn.Conv2d, image: Tensor) -> tuple[Tensor, int]:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -166,6 +177,10 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
 def _weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight)
+
+
+def _count(tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.full((), tokens, device=device, dtype=dtype)
 
 
 def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -112,7 +112,9 @@ class Eva(torch.optim.Optimizer):
         self._embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
-            self._capture = Capture(plan.model, self.layers, self.config.needs_output_gradients)
+            self._capture = Capture(
+                plan.model, self.layers, self.config.needs_output_gradients, self.config.mask_padding
+            )
         self._warned: set[int] = set()
         self._steps = 0
         self._scratch = Scratch()

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import torch
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from .callbacks import EvaCallback
 from .config import PRESETS, EvaConfig, parse_options
 from .facts import run_facts, run_of, save_facts
+from .loss_scale import COUNT, count_items, hides_item_count, ignores_item_count, is_always_a_mean, share_of_window
 from .model_card import write_training_section
 from .registration import NAME, eva_class_and_kwargs
 from .runs import Run, compare, read_facts
@@ -129,22 +132,31 @@ class EvaTrainerMixin(_AnyTrainer):
     What makes an [`EvaTrainer`] of any trainer: `class MySFTTrainer(EvaTrainerMixin, SFTTrainer): ...`.
 
     It creates the optimizer where `args.optim` is `"eva"`, logs the time per step and the optimizer's share of it,
-    and adds the section "Training time" to the model card, also for other optimizers.
+    and adds the section "Training time" to the model card, also for other optimizers. With any of them micro-batches
+    count by their labels where the model does not divide its loss by the number of all, as Trainer expects.
 
     `card_defaults` holds arguments of `create_model_card` for every card of this trainer: those that `push_to_hub`
     writes, those that a script asks for and those written by hand.
     """
 
-    model_accepts_loss_kwargs: bool  # an attribute of Trainer
+    # Attributes of Trainer.
+    model_accepts_loss_kwargs: bool
+    compute_loss_func: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.card_defaults: dict[str, Any] = {}
         self.add_callback(EvaCallback())
-        if self.model_accepts_loss_kwargs and _ignores_item_count(self.accelerator.unwrap_model(self.model)):
-            # Trainer takes every forward with **kwargs for one that divides its loss by the number of items in the
-            # whole batch. For one that does not, it would leave gradients too large by the number of accumulated
-            # batches and of processes.
+        self._window: tuple[Tensor, int] | None = None
+        model = self.accelerator.unwrap_model(self.model)
+        smoother = getattr(self, "label_smoother", None)
+        own = [vars(cls)["compute_loss"] for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
+        if self.model_accepts_loss_kwargs and (
+            ignores_item_count(model)
+            or any(map(hides_item_count, own))
+            or (smoother is not None and COUNT not in inspect.signature(smoother.__call__).parameters)
+        ):
+            # Then Trainer divides by the number of micro-batches, and `compute_loss` weighs each of them.
             self.model_accepts_loss_kwargs = False
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -157,6 +169,36 @@ class EvaTrainerMixin(_AnyTrainer):
         stock.optim = "adamw_torch"
         _, stock_options = super().get_optimizer_cls_and_kwargs(stock, model)
         return cls, {**options, **{name: stock_options[name] for name in PARAMETERS if name in stock_options}}
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window = None
+        if not batches or self.compute_loss_func is not None:
+            return batches, num_items
+        if is_always_a_mean(self.model, batches[0]):
+            num_items = None
+        counts = [items.to(device) for batch in batches if (items := count_items(batch, self.label_names)) is not None]
+        if num_items is None and len(counts) == len(batches):
+            total = torch.stack(counts).sum()
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.gather(total).sum() / self.args.world_size
+            self._window = total, len(batches)
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        items = count_items(inputs, self.label_names)  # before Trainer takes labels out of the inputs
+        if self.compute_loss_func is None and is_always_a_mean(self.model, inputs):
+            num_items_in_batch = None
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        if not model.training or self._window is None or items is None:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        loss = share_of_window(loss, items, *self._window)
+        return (loss, *outputs) if return_outputs else loss
 
     @property
     def eva_callback(self) -> EvaCallback:
@@ -194,12 +236,3 @@ class EvaTrainerMixin(_AnyTrainer):
 
 class EvaTrainer(EvaTrainerMixin, Trainer):
     """The stock `Trainer`, with the same arguments, whose `optim` may be `"eva"`; see [`EvaTrainerMixin`]."""
-
-
-def _ignores_item_count(model: Any) -> bool:
-    """Whether a transformers model computes its loss by itself and not by `loss_function`, which counts items."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a PEFT model
-    if not hasattr(base, "loss_function"):
-        return False
-    forward = inspect.unwrap(type(base).forward)
-    return "loss_function" not in forward.__code__.co_names

@@ -283,7 +283,9 @@ def _task(name: str, settings: dict) -> Task:
             merged[key] = [value] if equals else []
         else:
             merged[key].append(word)
-    merged = {key: values for key, values in merged.items() if values != [""]}  # an empty value takes the recipe's away
+    merged = {
+        key: values for key, values in merged.items() if values != [""]
+    }  # an empty value takes the recipe's away
     try:
         _, _, args = parse_arguments(KINDS, _command_line(merged), "")
     except ValueError as error:
@@ -295,5 +297,7 @@ def _task(name: str, settings: dict) -> Task:
 
 
 def _command_line(settings: dict[str, list[str]]) -> list[str]:
-    flags = ([f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values] for key, values in settings.items())
+    flags = (
+        [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values] for key, values in settings.items()
+    )
     return [word for flag in flags for word in flag]

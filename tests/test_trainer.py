@@ -33,6 +33,7 @@ def test_flags_reach_the_config(tmp_path):
         "damping_mode": "absolute",
         "decay": 0.5,
         "g_scale": "mean",
+        "mask_padding": False,
         "base": "sgd",
         "momentum": 0.5,
         "nesterov": False,
