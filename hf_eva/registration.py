@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .config import EvaConfig, parse_options
+from .loss_scale import warn_of_loss_scale
 from .optimizer import Eva
 from .selection import plan
 
@@ -82,6 +83,9 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
 
 
 def _handler(context: Any) -> tuple[type[Eva], dict[str, Any]]:
+    if context.args.process_index == 0:
+        processes = context.args.world_size if context.args.average_tokens_across_devices else 1
+        warn_of_loss_scale(context.model, context.args.gradient_accumulation_steps, processes)
     return eva_class_and_kwargs(context.args, context.model)
 
 

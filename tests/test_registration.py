@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 
@@ -49,6 +50,14 @@ def test_it_trains_as_eva_trainer_does(tmp_path):
         trainer.train()
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_it_says_once_that_the_stock_trainer_scales_the_loss_of_a_bert(tmp_path, caplog):
+    for accumulated in (1, 4):
+        args = stock_arguments(tmp_path, optim="eva", gradient_accumulation_steps=accumulated, max_steps=2)
+        with caplog.at_level(logging.WARNING, logger="hf_eva"):
+            Trainer(model(), args, train_dataset=data()).train()
+    assert len(caplog.records) == 1 and "4 times too large" in caplog.text
 
 
 @pytest.mark.parametrize(
