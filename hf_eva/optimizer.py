@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import base, formula
 from .capture import Capture, Statistics
 from .config import EvaConfig
 from .layers import Layer, working_dtype
-from .selection import Plan, statistics_shapes
+from .selection import Plan, embeddings_of, statistics_shapes
 from .stacks import Scratch, Stack, stacks_of
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,7 @@ class Eva(torch.optim.Optimizer):
                     f"The plan preconditions {layer.name!r}, whose weight is not among the parameters of the "
                     "optimizer: give all parameters of the planned model, or exclude that layer from the plan."
                 )
-        # With preconditioning switched off all parameters get AdamW itself.
-        modules = plan.model.modules() if self.layers and self.config.base == "adamw" else ()
-        self._embeddings = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+        self._embeddings = embeddings_of(plan.model, self.config)
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
             self._capture = Capture(

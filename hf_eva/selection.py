@@ -116,6 +116,7 @@ def plan(
     outputs = set() if include is not None else _output_embeddings(model)
 
     layers, rows, counted = [], [], set[int]()
+    embeddings = embeddings_of(model, config)
     for name, module in modules.items():
         owned = _owned(module)
         if not owned:
@@ -142,7 +143,7 @@ def plan(
                 kind=kind.name if kind else type(module).__name__,
                 shape=layer.shape if layer else tuple(weight.shape),
                 reason=reason,
-                state_bytes=sum(_state_bytes(p, layer, config) for p in fresh.values()),
+                state_bytes=sum(_state_bytes(p, layer, config, id(p) in embeddings) for p in fresh.values()),
                 adamw_bytes=sum(_adamw_bytes(p) for p in fresh.values()),
             )
         )
@@ -153,6 +154,13 @@ def plan(
             "Conv1D or Conv2d; for other models use torch.optim.AdamW."
         )
     return Plan(model, tuple(layers), tuple(rows))
+
+
+def embeddings_of(model: nn.Module, config: EvaConfig) -> set[int]:
+    """The weights, by id, that keep one second moment per row, see [`base.row_adamw_`]; none where Eva is off."""
+    if config.base != "adamw" or config.variant == "none":
+        return set()
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, ...]]:
@@ -268,9 +276,11 @@ def _adamw_bytes(parameter: nn.Parameter) -> int:
     return 2 * parameter.numel() * parameter.element_size()
 
 
-def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig) -> int:
+def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig, is_embedding: bool) -> int:
     """Bytes of the tensors that [`Eva`] keeps for a parameter; scalars are not counted, as in `_adamw_bytes`."""
     copy = parameter.numel() * parameter.element_size()
+    if is_embedding and not (layer and parameter is layer.weight):
+        return copy + len(parameter) * working_dtype(parameter).itemsize
     if layer is None or parameter is not layer.weight:
         return 2 * copy if config.base == "adamw" else copy * (config.momentum > 0)
     size = working_dtype(parameter).itemsize

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from helpers import CONFIGS, assert_equal, assert_near, data, every_config, loss
 from torch import nn
 from zoo import ZOO, Batch, sentences
 
-from hf_eva import create_eva_optimizer, plan
+from hf_eva import base, create_eva_optimizer, plan
 from hf_eva.capture import Capture
+from hf_eva.optimizer import EMBEDDING_FACTOR
 
 VARIANTS = {name: CONFIGS[name] for name in ("eva", "eva_f", "rank_3")}
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -180,7 +182,7 @@ def test_the_plan_says_why_quantized_layers_are_out(quantize):
 
 @every_variant
 @pytest.mark.parametrize("name", ["gpt2", "t5", "opt"])
-def test_tied_embeddings_stay_tied_and_get_the_base_rule(name, config):
+def test_tied_embeddings_stay_tied_and_get_their_rule(name, config):
     animal = ZOO[name]
     model = animal.build()
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -188,10 +190,12 @@ def test_tied_embeddings_stay_tied_and_get_the_base_rule(name, config):
     batches = lambda seed: animal.batch(sentences(seed=seed))  # noqa: E731
     train(model, config, 1, batches=batches)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    groups = [{"params": [p for p in expected.parameters() if p.ndim >= 2]}]
     expected(**batches(0)).loss.backward()
-    torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1).step()
-    assert_near([model.get_input_embeddings().weight], [expected.get_input_embeddings().weight], 1e-6)
+    embedding = expected.get_input_embeddings().weight
+    group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    with torch.no_grad():
+        base.row_adamw_([embedding], defaultdict(dict), group, EMBEDDING_FACTOR)
+    assert_near([model.get_input_embeddings().weight], [embedding], 1e-6)
 
 
 def computed():
