@@ -23,6 +23,8 @@ from .base import BLOCK
 
 ITERATIONS = 2  # on the first gradient; a random first guess would take some twenty steps to find its subspaces
 LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
+NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
+LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it
 
 _TINY = 1e-30  # keeps 0/0 at 0; far below any statistic of a layer that receives a gradient
 
@@ -281,6 +283,16 @@ def row_shares(squares: Tensor) -> Tensor:
     return squares / squares.mean(1, keepdim=True).clamp_min(_TINY)
 
 
+def largest_sizes(weight_norms: Tensor, numel: int, lr: float) -> Tensor:
+    """
+    Sizes of updates that change weights by [`LARGEST_CHANGE`] of their root mean square, but at least [`NOISE_SIZE`].
+
+    A bound of trust: in a new network, whose weights are small, all gradients of the first steps agree, and steps of
+    AdamW's full size throw away what its first weights were made for.
+    """
+    return (weight_norms * (LARGEST_CHANGE / (math.sqrt(numel) * max(lr, _TINY)))).clamp_min(NOISE_SIZE)
+
+
 def row_scales(
     squares: Tensor,
     products: Tensor,
@@ -289,6 +301,7 @@ def row_scales(
     numel: int,
     grad_squares: Tensor,
     corrections: Tensor,
+    largest: Tensor,
 ) -> Tensor:
     """
     What to multiply the rows of each update `P` with: no row dominates, and the step has the size of one of AdamW's.
@@ -297,7 +310,7 @@ def row_scales(
     AdamW has entries of the size `c = ‖M̂‖ / sqrt(E‖G‖²)`: 1 where gradients agree, about 0.2 where they are noise. So
     has this one, where they are noise. Where they agree (`c ≥ ½`) it is longer, so that it goes as far along the
     momentum as AdamW's size allows, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`, up to twice as long; in between the cosine of update
-    and momentum counts to the power `2c`.
+    and momentum counts to the power `2c`. No `c` is above `largest`.
 
     Args:
         squares, products (`Tensor` of shape `(n, d_out)`): `‖P‖²` and `⟨P, M⟩` of every row, where `M` is the momentum
@@ -307,6 +320,7 @@ def row_scales(
         numel (`int`): number of entries of one `M`.
         grad_squares (`Tensor` of shape `(n,)`): running averages of `‖G‖²`.
         corrections (`Tensor` of shape `(n,)`): what to divide `M` by for its start from zero, as in Adam.
+        largest (`Tensor` of shape `(n,)`): bounds on `c`, from [`largest_sizes`].
 
     Returns:
         `Tensor` of shape `(n, d_out)`.
@@ -314,7 +328,7 @@ def row_scales(
     levels = shares.clamp_min(_TINY).rsqrt()
     lengths = _norm(squares.sqrt() * levels, dim=1).clamp_min(_TINY)
     cosines = (_dot(products, levels) / (lengths * norms.clamp_min(_TINY))).clamp(LEAST_COSINE, 1.0)
-    sizes = (norms / (corrections * grad_squares.sqrt()).clamp_min(_TINY)).clamp_max(1.0)
+    sizes = (norms / (corrections * grad_squares.sqrt()).clamp_min(_TINY)).minimum(largest.clamp_max(1.0))
     reaches = cosines.pow((2 * sizes).clamp_max(1.0))
     return levels * (sizes * math.sqrt(numel) / (reaches * lengths)).unsqueeze(1)
 

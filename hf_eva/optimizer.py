@@ -216,8 +216,10 @@ class Eva(torch.optim.Optimizer):
         squares, products = correction.squares(row_squares), correction.products(row_squares)
         correction.apply_(matrices)
         shares = self._average(stack, "eva_rows", formula.row_shares(squares), seen.weights)
-        norms = row_squares.sum(1).sqrt()
-        return formula.row_scales(squares, products, shares, norms, matrices[0].numel(), seen.squares, starts)
+        norms, numel = row_squares.sum(1).sqrt(), matrices[0].numel()
+        weight_norms = torch.stack(torch._foreach_norm([layer.weight for layer in stack.layers])).to(norms.dtype)
+        largest = formula.largest_sizes(weight_norms, numel, stack.group["lr"])
+        return formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
 
     def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""

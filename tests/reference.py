@@ -111,10 +111,12 @@ def mean_squares_of_rows(P: Tensor) -> Tensor:
     return P.square().sum(1) / P.square().sum() * len(P)
 
 
-def step_of_adamw(P: Tensor, shares: Tensor, M: Tensor, correction: float, square: Tensor) -> Tensor:
+def step_of_adamw(
+    P: Tensor, shares: Tensor, M: Tensor, correction: float, square: Tensor, largest: float | Tensor = 1.0
+) -> Tensor:
     """`P` with its rows divided by their usual size, as long as a step of AdamW."""
     P = P / shares.sqrt().unsqueeze(1)
-    size = (M.norm() / correction / square.sqrt()).clamp(max=1)
+    size = min(M.norm() / correction / square.sqrt(), torch.as_tensor(largest, dtype=P.dtype), torch.ones_like(square))
     cosine = ((P * M).sum() / (P.norm() * M.norm())).clamp(0.5, 1)
     return size / cosine ** (2 * size).clamp(max=1) * P.numel() ** 0.5 * P / P.norm()
 
@@ -273,6 +275,7 @@ class Reference:
         config, beta = self.config, self.config.momentum
         for name, parameter in self.model.named_parameters():
             layer = name.removesuffix(".weight")
+            root_mean_square = parameter.square().mean().sqrt()
             parameter.mul_(1 - self.lr * self.weight_decay_of(parameter))
             if layer not in self.layers or name == layer:
                 parameter.sub_(self.lr * self.adam_direction(name, gradients[name]))
@@ -286,7 +289,8 @@ class Reference:
             N = beta * M + (1 - beta) * G if config.nesterov else M
             P = self.precondition(N, factors)
             shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
-            step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square)
+            largest = (0.05 * root_mean_square / self.lr).clamp(min=0.2) if self.lr else 1.0
+            step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square, largest)
             parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
 
     def precondition(self, N: Tensor, factors) -> Tensor:

@@ -257,22 +257,31 @@ def test_norms_of_rows(shape):
     assert_near([formula.squared_norms(G)], [expected.sum(1)], 1e-9)
 
 
-def scales_of(P, M, correction, square, shares=None):
+def scales_of(P, M, correction, square, shares=None, largest=1.0):
     squares, products = P.square().sum(1).unsqueeze(0), (P * M).sum(1).unsqueeze(0)
     shares = formula.row_shares(squares) if shares is None else shares.unsqueeze(0)
-    correction, square = (torch.tensor([value], dtype=P.dtype) for value in (correction, square))
+    correction, square, largest = (torch.tensor([value], dtype=P.dtype) for value in (correction, square, largest))
     norms = M.norm().unsqueeze(0)
-    return formula.row_scales(squares, products, shares, norms, M.numel(), square, correction)[0]
+    return formula.row_scales(squares, products, shares, norms, M.numel(), square, correction, largest)[0]
 
 
 @few
-@given(dimension, dimension, seed, st.floats(0.05, 1.0), st.floats(0.1, 1e4))
-def test_updates_have_the_size_of_adamw(d_out, d_in, seed, correction, square):
+@given(dimension, dimension, seed, st.floats(0.05, 1.0), st.floats(0.1, 1e4), st.floats(0.2, 5.0))
+def test_updates_have_the_size_of_adamw(d_out, d_in, seed, correction, square, largest):
     P, M, shares = draw(seed, (d_out, d_in), (d_out, d_in), (d_out,))
     shares = shares.abs() + 0.1
     square = torch.tensor(square, dtype=P.dtype)
-    found = P * scales_of(P, M, correction, square.item(), shares).unsqueeze(1)
-    assert_near([found], [reference.step_of_adamw(P, shares, M, correction, square)], 1e-12)
+    found = P * scales_of(P, M, correction, square.item(), shares, largest).unsqueeze(1)
+    assert_near([found], [reference.step_of_adamw(P, shares, M, correction, square, largest)], 1e-12)
+
+
+def test_no_step_changes_weights_much_unless_noise_would():
+    W = torch.randn(2, 50, 40, dtype=torch.float64) * torch.tensor([0.02, 2.0]).view(2, 1, 1)
+    lr, norms = 0.004, W.flatten(1).norm(dim=1)
+    largest = formula.largest_sizes(norms, 2000, lr)
+    assert largest[0] == pytest.approx(0.05 * W[0].square().mean().sqrt().item() / lr)
+    assert formula.largest_sizes(norms, 2000, 0.1)[0] == 0.2  # where a step is coarse, that of noise is let through
+    assert formula.largest_sizes(norms, 2000, 0.0).isfinite().all()
 
 
 def test_noise_and_signal_have_the_sizes_of_adamw():
