@@ -32,7 +32,7 @@ _LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
 
 
 @dataclasses.dataclass
-class Seen:
+class _Seen:
     """
     What a step knows of the n layers of a stack after it has seen their gradients.
 
@@ -53,7 +53,8 @@ class Eva(torch.optim.Optimizer):
     Second-order training with vectors instead of matrices (Zhang, Shi and Li, ICLR 2023, arXiv 2308.02123).
 
     The weights of the planned layers get a preconditioned update, all other parameters the plain base rule: AdamW with
-    the default config, SGD with momentum under [`EvaConfig.paper`]. Usually made by [`create_eva_optimizer`].
+    the default config (embeddings with one second moment per row and twice the learning rate), SGD with momentum under
+    [`EvaConfig.paper`]. Usually made by [`create_eva_optimizer`].
 
     Args:
         params (iterable of parameters or of parameter groups): all parameters to train, as for `torch.optim.AdamW`.
@@ -137,7 +138,7 @@ class Eva(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """
-        One optimization step from the gradients in `.grad`, which it overwrites for the planned layers.
+        One optimization step from the gradients in `.grad`, which it may overwrite for the planned layers.
 
         Args:
             closure (callable, *optional*): reevaluates the model and returns the loss.
@@ -205,7 +206,7 @@ class Eva(torch.optim.Optimizer):
             if len(embeddings) < len(others):
                 base.adamw_([p for p in others if id(p) not in self._embeddings], self.state, group)
 
-    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: Seen) -> Tensor:
+    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: _Seen) -> Tensor:
         """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
         matrices = stack.kind.matrices(momenta)
         # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
@@ -257,7 +258,7 @@ class Eva(torch.optim.Optimizer):
             )
         return scale if is_divided else None
 
-    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> Seen:
+    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> _Seen:
         """Bring the running averages up to date."""
         for layer in stack.layers:
             self._create_state(layer)
@@ -267,7 +268,7 @@ class Eva(torch.optim.Optimizer):
             return self._observe_gradients(stack, gradients, squares, valid)
         return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
 
-    def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor) -> Seen:
+    def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor) -> _Seen:
         """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
         tokens, a, a_squares, g, g_squares = (
             torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
@@ -287,7 +288,7 @@ class Eva(torch.optim.Optimizer):
         seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
         return seen
 
-    def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Seen:
+    def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> _Seen:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
         seen = self._count(stack, squares, valid)
         if self.config.curvature == "joint":
@@ -309,7 +310,7 @@ class Eva(torch.optim.Optimizer):
     def _factors(self, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return formula.factor_levels(bases, traces, self.config.damping, self.config.damping_mode == "relative")
 
-    def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: Seen) -> Tensor:
+    def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: _Seen) -> Tensor:
         """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer."""
         matrices = stack.kind.matrices(gradients)
         squares = formula.squared_norms(gradients)
@@ -322,7 +323,7 @@ class Eva(torch.optim.Optimizer):
         return inner
 
     def _correction(
-        self, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: Seen, starts: Tensor | None
+        self, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: _Seen, starts: Tensor | None
     ) -> formula.Correction:
         """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
         config = self.config
@@ -344,7 +345,7 @@ class Eva(torch.optim.Optimizer):
         stack.write(self.state, key, averages)
         return averages
 
-    def _count(self, stack: Stack, squares: Tensor, valid: Tensor) -> Seen:
+    def _count(self, stack: Stack, squares: Tensor, valid: Tensor) -> _Seen:
         """
         Count the steps of each layer with a valid gradient, whose n-th weighs `decay` but at least `1/n` in averages,
         and average `‖G‖²` where it is kept.
@@ -354,7 +355,7 @@ class Eva(torch.optim.Optimizer):
         weights = updates.reciprocal().clamp_min(self.config.decay).where(valid, 0.0)
         if "eva_square" in self.state[stack.layers[0].weight]:
             squares = self._average(stack, "eva_square", squares, weights)
-        return Seen(weights, updates, squares)
+        return _Seen(weights, updates, squares)
 
     def _create_state(self, layer: Layer) -> None:
         """All statistics of a layer that has none yet: zeros, and random bases."""
