@@ -12,7 +12,7 @@ from torch.optim.sgd import sgd
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
 
-BLOCK = 2**16  # elements, of which a core's cache holds a few times as many
+BLOCK = 2**18  # elements, of which a cache holds a few times as many
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused AdamW knows
 
 

@@ -50,7 +50,7 @@ def run(tmp_path, model, collate, batch, accumulated, cls=EvaTrainer, texts=TEXT
 def assert_ways_agree(train, ways=((4, 4),)):
     expected = train(16, 1)
     for way in ways:
-        assert_same(train(*way), expected, 1e-5)
+        assert_same(train(*way), expected, 5e-5)  # Trainer adds losses up in float32
 
 
 def double(batch):
