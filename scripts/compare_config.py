@@ -3,16 +3,14 @@
 import hashlib
 import json
 import math
-import os
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from finetune import DataArguments, ModelArguments
 from peers import PEERS
-from recipe import near_miss, parse_arguments, read_recipe
+from recipe import near_miss, parse_arguments, read_recipe, read_yaml
 
 from hf_eva import EvaConfig, EvaTrainingArguments
 from hf_eva.config import PRESETS
@@ -150,15 +148,7 @@ class Config:
 
 def read_config(path: str) -> Config:
     """Returns the comparison that the YAML file `path` describes; every mistake is one sentence and a `ValueError`."""
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no {path}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            # Everything stays text until its field says what it is: YAML would read `no` as False, `1e-4` as text.
-            content = yaml.load(file, Loader=yaml.BaseLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-    config = _convert(Config, content, "")
+    config = _convert(Config, read_yaml(path, "comparison"), "")
     _check(config)
     return config
 

@@ -55,9 +55,7 @@ class KFAC(torch.optim.Optimizer):
         super().__init__([layer.weight for layer in layers], options)
         self.layers = {layer.weight: layer for layer in layers}
         self.sums: dict[Tensor, list[Tensor | int]] = {}  # over the tokens of a step: their number, Σ x xᵀ, Σ δ δᵀ
-        watch = partial(_watch, weakref.ref(self))  # hooks go when the optimizer goes
-        handles = [layer.module.register_forward_hook(partial(watch, layer)) for layer in layers]
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        watch(self, layers)
 
     def due(self, weight: Tensor) -> bool:
         """Whether the next step observes and inverts the factors of a weight."""
@@ -112,14 +110,23 @@ class KFAC(torch.optim.Optimizer):
             state[f"{side}_inverse"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
 
 
-def _watch(
-    optimizer: weakref.ref[KFAC], layer: Layer, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+def watch(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -> None:
+    """
+    Call `optimizer.observe(layer, input, output gradient)` in the backward pass, which evaluation never reaches, for
+    every weight that is `due`; hooks go when the optimizer goes.
+    """
+    hook = partial(_after_layer, weakref.ref(optimizer))
+    handles = [layer.module.register_forward_hook(partial(hook, layer)) for layer in layers]
+    weakref.finalize(optimizer, lambda: [handle.remove() for handle in handles])
+
+
+def _after_layer(
+    reference: weakref.ref, layer: Layer, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
 ) -> None:
-    """Observes in the backward pass, which evaluation never reaches."""
-    kfac = optimizer()
-    if kfac is not None and output.requires_grad and kfac.due(layer.weight):
+    optimizer = reference()
+    if optimizer is not None and output.requires_grad and optimizer.due(layer.weight):
         x = args[0].detach()
-        output.register_hook(lambda grad: kfac.observe(layer, x, grad))
+        output.register_hook(lambda grad: optimizer.observe(layer, x, grad))
 
 
 def tokens(layer: Layer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

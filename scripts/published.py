@@ -10,14 +10,12 @@ a host that waits for each layer. It gives the updates of `EvaConfig.paper("eva"
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from kfac import tokens
-from torch import Tensor, nn
+from kfac import tokens, watch
+from torch import Tensor
 
 from hf_eva.layers import Layer
 
@@ -44,9 +42,10 @@ class PublishedEva(torch.optim.SGD):
     ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.layers, self.damping, self.decay, self.kl_clip = list(layers), damping, decay, kl_clip
-        watch = partial(_watch, weakref.ref(self))  # hooks go when the optimizer goes
-        handles = [layer.module.register_forward_hook(partial(watch, layer)) for layer in layers]
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
+        watch(self, layers)
+
+    def due(self, weight: Tensor) -> bool:
+        return True
 
     @torch.no_grad()
     def observe(self, layer: Layer, x: Tensor, grad: Tensor) -> None:
@@ -103,12 +102,3 @@ def _gradients(layer: Layer) -> list[Tensor]:
         return []
     bias = [] if layer.bias is None else [layer.bias.grad.unsqueeze(1)]
     return [layer.kind.matrix(layer.weight.grad), *bias]
-
-
-def _watch(
-    optimizer: weakref.ref[PublishedEva], layer: Layer, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> None:
-    eva = optimizer()
-    if eva is not None and output.requires_grad:
-        x = args[0].detach()
-        output.register_hook(lambda grad: eva.observe(layer, x, grad))

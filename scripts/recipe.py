@@ -6,6 +6,7 @@ import os
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import fields
 from itertools import chain
+from typing import Any
 
 import torch
 import yaml
@@ -35,6 +36,18 @@ def near_miss(word: str, known: list[str]) -> str:
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 
+def read_yaml(path: str, what: str) -> Any:
+    """Returns the content of a YAML file, `what` to its user; every value stays text."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no {what} {path}")
+    with open(path, encoding="utf-8") as file:
+        try:
+            # BaseLoader leaves a value as it is written: YAML would read `no` as False, and `1e-4` as a string.
+            return yaml.load(file, Loader=yaml.BaseLoader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+
+
 def read_recipe(path: str, known: list[str]) -> list[str]:
     """Turns a YAML file into command-line arguments, so that one parser checks and converts both.
 
@@ -42,14 +55,7 @@ def read_recipe(path: str, known: list[str]) -> list[str]:
         path (`str`): Lines of the form `key: value`, where a value may be a list, a mapping or empty.
         known (`list[str]`): The keys it may hold.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no recipe {path}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            # BaseLoader leaves a value as it is written: YAML would read `no` as False, and `1e-4` as a string.
-            recipe = yaml.load(file, Loader=yaml.BaseLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+    recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is no recipe: it should hold lines like `learning_rate: 1e-4`")
     arguments = []

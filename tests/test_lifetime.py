@@ -15,10 +15,16 @@ from hf_eva import create_eva_optimizer
 hooked = pytest.mark.parametrize("config", [CONFIGS["eva"], CONFIGS["eva_f"]], ids=["eva", "eva_f"])
 
 
+def train(optimizer, loss, steps=1):
+    for _ in range(steps):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def step(model, optimizer, seed=0):
-    losses(data(model, seed=seed))[0](model).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    (loss,) = losses(data(model, seed=seed))
+    train(optimizer, lambda: loss(model))
 
 
 def hooks(model) -> int:
@@ -41,15 +47,12 @@ def test_memory_is_flat_over_a_thousand_steps(config):
     optimizer = create_eva_optimizer(model, lr=1e-3, config=config)
     x = torch.randn(5, 3)
 
-    def train(steps):
-        for _ in range(steps):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def loss():
+        return model(x).square().mean()
 
-    train(10)
+    train(optimizer, loss, 10)
     before = living()
-    train(1000)
+    train(optimizer, loss, 1000)
     after = living()
     grown = {name: after[name] - before[name] for name in after if after[name] > before[name] + 100}
     assert not grown
@@ -62,15 +65,12 @@ def test_memory_is_flat_in_transformers(name):
     model, batch = FAMILIES[name].build(), FAMILIES[name].batch
     optimizer = create_eva_optimizer(model, config=CONFIGS["eva"])
 
-    def train(steps):
-        for _ in range(steps):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def loss():
+        return model(**batch).loss
 
-    train(3)
+    train(optimizer, loss, 3)
     before = living()
-    train(20)
+    train(optimizer, loss, 20)
     after = living()
     assert after["bytes"] <= before["bytes"] and after["Tensor"] <= before["Tensor"]
 
@@ -137,15 +137,12 @@ def test_checkpointing_keeps_nothing(config, use_reentrant):
     (x, _), *_ = data(model)
     x.requires_grad_()
 
-    def train(steps):
-        for _ in range(steps):
-            checkpoint(model, x, use_reentrant=use_reentrant).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def loss():
+        return checkpoint(model, x, use_reentrant=use_reentrant).square().mean()
 
-    train(3)
+    train(optimizer, loss, 3)
     before = living()
-    train(20)
+    train(optimizer, loss, 20)
     assert living()["Tensor"] <= before["Tensor"]
 
 
