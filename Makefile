@@ -57,7 +57,7 @@ bench: $(DEV)  ## compare optimizers as CONFIG says: tables and plots in benchma
 	$(BIN)/python scripts/compare.py $(CONFIG) --output $(BENCH)
 
 bench-step: $(DEV)  ## what a step of each optimizer costs, with the FLAGS of scripts/bench_step.py: benchmarks/step.md
-	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(BIN)/python scripts/bench_step.py $(FLAGS) \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python scripts/bench_step.py $(FLAGS) \
 		--output $(BENCH)/step.md $(BENCH)/step.csv
 
 env: $(DEV)  ## the environment for all that follows; every other target makes it by itself

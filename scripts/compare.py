@@ -173,8 +173,7 @@ def set_environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    # Threads that wait sleep: spinning ones would take the cores of the others.
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run_all(config: Config, results: Results, stages: list[str], pairs: list[tuple[str, str]], workers: int) -> None:
