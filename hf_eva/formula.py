@@ -202,31 +202,52 @@ def _power(levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, cor
     return levels.pow(-exponent * (1 - agreement / 2)) - 1
 
 
-def gram_images(grads: Tensor, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
-    """`(G Gᵀ) U_B` and `(Gᵀ G) U_A` for bases of unit columns, in three reads of `G`."""
-    both = torch.cat([output, grads.bmm(input)], 2).mT.bmm(grads)  # in this order, G is read along its rows
+def subspace_images(grads: Tensor, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`G U_A`, `Gᵀ U_B`, `(G Gᵀ) U_B` and `(Gᵀ G) U_A` for bases of unit columns, in three reads of `G`."""
+    image = grads.bmm(input)
+    both = torch.cat([output, image], 2).mT.bmm(grads).mT  # in this order, G is read along its rows
     rank = output.shape[2]
-    return grads.bmm(both[:, :rank].mT), both[:, rank:].mT
+    return image, both[:, :, :rank], grads.bmm(both[:, :, :rank]), both[:, :, rank:]
 
 
-def subspace_step(
-    output: Tensor, input: Tensor, images: tuple[Tensor, Tensor], weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def subspace_step(grads: Tensor, output: Tensor, input: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
-    One streaming subspace iteration for each side: `Z ← (1 − w) U diag(ℓ) + w · F U`, rotated to orthogonal columns.
+    Follow the leading eigenvectors of the running averages of `G Gᵀ` and `Gᵀ G`, by one more gradient.
 
-    Bases of shape `(n, d, r)` hold `U diag(ℓ)`; their images are `F U`. The rotation by the eigenvectors of `ZᵀZ`
-    gives the left singular vectors of `Z` times its singular values, the largest last, without a decomposition of
-    anything larger than `(r, r)`; the next step's rotation removes what rounding leaves.
+    Bases of shape `(n, d, r)` hold `U diag(ℓ)`, the largest ℓ last. On the output side, the average
+    `(1 − w) U_B diag(ℓ) U_Bᵀ + w G Gᵀ` is solved exactly within the span of `U_B` and of `G U_A`, by Rayleigh and
+    Ritz, and likewise on the input side. The images under `G` bring in the directions of this gradient that a basis
+    lacks; the power iteration on `U_B` alone, which needs the same products, would take many steps to find them.
     """
-    bases = [averaged(basis, image, weights) for basis, image in zip((output, input), images, strict=True)]
-    grams = [basis.mT.bmm(basis) for basis in bases]
-    if grams[0].shape == grams[1].shape:  # one call for both sides
-        rotations = torch.linalg.eigh(torch.cat(grams)).eigenvectors.tensor_split(2)
-    else:
-        rotations = tuple(torch.linalg.eigh(gram).eigenvectors for gram in grams)
-    output, input = (basis.bmm(rotation) for basis, rotation in zip(bases, rotations, strict=True))
+    norms = column_norms(output), column_norms(input)
+    outer, inner = unit_columns(output, norms[0]), unit_columns(input, norms[1])
+    of_inner, of_outer, outer_image, inner_image = subspace_images(grads, outer, inner)
+    output = _ritz_step(output, outer, norms[0], of_inner, torch.cat([inner_image, of_outer], 2), weights)
+    input = _ritz_step(input, inner, norms[1], of_outer, torch.cat([outer_image, of_inner], 2), weights)
     return output, input
+
+
+def _ritz_step(
+    bases: Tensor, units: Tensor, values: Tensor, others: Tensor, images: Tensor, weights: Tensor
+) -> Tensor:
+    """One side of [`subspace_step`]; `images` are those of `[others, units]` under the other side's `G`."""
+    is_valid, columns = _over(weights > 0, bases), torch.cat([others, units], 2)
+    columns, images = columns.where(is_valid, 0.0), images.where(is_valid, 0.0)
+    # Gram and Schmidt from the last column, which is the longest of the basis, to the first. Where gradients have
+    # fewer directions than there are columns, the rest is rounding, which must not count directions once more.
+    grams = columns.mT.bmm(columns)
+    grams.diagonal(dim1=1, dim2=2).mul_(1 + 4 * columns.shape[2] * _eps(columns)).add_(torch.finfo(grams.dtype).tiny)
+    factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
+    columns, images = (
+        torch.linalg.solve_triangular(factors, matrices, upper=False, left=False) for matrices in (columns, images)
+    )
+    old = factors[:, :, others.shape[2] :]  # the units, in terms of the new columns
+    projected = (old * ((1 - weights).unsqueeze(1) * values).unsqueeze(1)).bmm(old.mT)
+    projected += _over(weights, images) * images.mT.bmm(images)
+    ritz_values, vectors = torch.linalg.eigh(projected)
+    rank = values.shape[1]
+    new = columns.bmm(vectors[:, :, -rank:] * ritz_values[:, -rank:].clamp_min(0.0).unsqueeze(1))
+    return torch.where(is_valid, new, bases)
 
 
 def column_norms(bases: Tensor) -> Tensor:
@@ -238,20 +259,6 @@ def unit_columns(bases: Tensor, norms: Tensor | None = None) -> Tensor:
     """`U` of bases `U diag(ℓ)`; a column of zeros stays one."""
     norms = column_norms(bases) if norms is None else norms
     return bases / norms.clamp_min(_TINY).unsqueeze(1)
-
-
-def orthonormal_columns(bases: Tensor) -> Tensor:
-    """
-    `U` of bases `U diag(ℓ)`, by Gram and Schmidt from the last column, which is the longest, to the first.
-
-    Where gradients have fewer directions than there are columns, what is left in the others is rounding, which shares
-    directions with the longest: an image would count these again.
-    """
-    units = unit_columns(bases)
-    grams = units.mT.bmm(units)
-    grams.diagonal(dim1=1, dim2=2).add_(bases.shape[2] * _eps(bases))
-    factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
-    return torch.linalg.solve_triangular(factors, units, upper=False, left=False)
 
 
 def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
@@ -270,7 +277,7 @@ def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> t
     """Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, for the layers that are `valid`."""
     valid = _over(valid, output)
     for _ in range(ITERATIONS):
-        images = gram_images(grads, output, input)
+        _, _, *images = subspace_images(grads, output, input)
         output, input = (
             torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis).contiguous()  # as bases that are read
             for basis, image in zip((output, input), images, strict=True)

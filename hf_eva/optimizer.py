@@ -299,9 +299,7 @@ class Eva(torch.optim.Optimizer):
         output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
         if self._steps <= SEARCH_STEPS:
             output, input = formula.find_bases(matrices, output, input, valid & (seen.updates == 1))
-        units = formula.orthonormal_columns(output), formula.orthonormal_columns(input)
-        images = formula.gram_images(matrices, *units)
-        output, input = formula.subspace_step(output, input, images, seen.weights)
+        output, input = formula.subspace_step(matrices, output, input, seen.weights)
         for key, bases in (("eva_g", output), ("eva_a", input)):
             stack.write(self.state, key, bases)
             seen.factors[key] = self._factors(bases, seen.squares)

@@ -101,10 +101,17 @@ def first_basis(guess: Tensor, matrix: Tensor) -> Tensor:
     return guess
 
 
-def subspace_iteration(Z: Tensor | None, U: Tensor, matrix: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`Z ← (1 − w) Z + w · F U`; returns `Z` turned so that its columns are orthogonal, and its `U` and `ℓ`."""
-    left, values, _ = torch.linalg.svd(average(Z, matrix @ U, decay), full_matrices=False)
-    return left * values, left, values
+def ritz_step(old: Tensor, U: Tensor, others: Tensor, matrix: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The leading eigenvectors of `(1 − w) old + w F` among all vectors in the span of U and of `others`; returns
+    `U diag(ℓ) Uᵀ`, U and ℓ.
+    """
+    left, values, _ = torch.linalg.svd(torch.cat([U, others / others.norm()], 1), full_matrices=False)
+    Q = left[:, values > 1e-9]
+    values, vectors = torch.linalg.eigh(Q.T @ ((1 - decay) * old + decay * matrix) @ Q)
+    r = min(U.shape[1], Q.shape[1])
+    U, values = Q @ vectors[:, -r:], values[-r:].clamp(min=0)
+    return U @ torch.diag(values) @ U.T, U, values
 
 
 def mean_squares_of_rows(P: Tensor) -> Tensor:
@@ -317,25 +324,27 @@ class Reference:
         a, g = self.means(name, X, D)
         decay = weight(self.config.decay, self.steps)
         scale = len(D) if self.config.g_scale == "sum" else 1 / len(D)
-        for side, mean, square, matrix in (
-            ("A", a, X.square().sum() / len(X), G.T @ G),
-            ("B", g, scale * D.square().sum(), G @ G.T),
-        ):
+        sides = ("A", a, X.square().sum() / len(X), G.T @ G), ("B", g, scale * D.square().sum(), G @ G.T)
+        bases = {side: self.basis(name, side, matrix) for side, _, _, matrix in sides}
+        for side, mean, square, matrix in sides:
             if self.config.variant == "eva_s":
                 trace = self.averaged(name, f"trace {side}", torch.trace(matrix))
-                d = len(matrix)
-                if (name, f"U {side}") not in self.averages:
-                    guess = self.guess(d, min(self.config.rank, d))
-                    self.averages[name, f"U {side}"] = first_basis(guess, matrix)
-                old = self.averages.get((name, f"Z {side}"))
-                Z, U, values = subspace_iteration(old, self.averages[name, f"U {side}"], matrix, decay)
-                self.averages[name, f"Z {side}"], self.averages[name, f"U {side}"] = Z, U
+                others = G.T @ bases["B"] if side == "A" else G @ bases["A"]
+                old = self.averages.get((name, f"F {side}"), torch.zeros_like(matrix))
+                F, U, values = ritz_step(old, bases[side], others, matrix, decay)
+                self.averages[name, f"F {side}"], self.averages[name, f"U {side}"] = F, U
             else:
                 trace = self.averaged(name, f"trace {side}", square)
                 U, values = (mean / mean.norm()).unsqueeze(1), mean.square().sum().unsqueeze(0)
             relative = trace / len(U) if self.config.damping_mode == "relative" else 1
             found.append((U, values, trace, self.config.damping * relative))
         return [found[0], None if self.config.variant == "eva_f" else found[1]]
+
+    def basis(self, name: str, side: str, matrix: Tensor) -> Tensor:
+        """U of the last step, or at the first step one that is found in its gradient."""
+        if (name, f"U {side}") in self.averages or self.config.variant != "eva_s":
+            return self.averages.get((name, f"U {side}"))
+        return first_basis(self.guess(len(matrix), min(self.config.rank, len(matrix))), matrix)
 
     def adam_direction(self, name: str, gradient: Tensor) -> Tensor:
         beta1, beta2 = self.betas

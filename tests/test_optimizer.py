@@ -18,6 +18,8 @@ LINEAR = (nn.Linear, nn.Conv2d)
 VARIANTS = ("eva", "eva_f", "eva_s")
 RECIPES = (*VARIANTS, "rank_3")
 STEPS = 5
+# A direction that lies in a subspace up to rounding is rounding itself, and another one in the reference.
+NEAR = {"eva": 1e-12, "eva_f": 1e-12, "eva_s": 1e-8}
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -132,8 +134,7 @@ class Branches(nn.Module):
 def test_the_recipe(build, variant, rank, exponent):
     config = EvaConfig(variant=variant, rank=rank, exponent=exponent)
     model, expected, _ = train_twice(build(), config, lr=0.01)
-    # More than one direction: the reference takes singular vectors, the package eigenvectors of the square.
-    assert_near(model, expected, 1e-12 if rank == 1 else 1e-9)
+    assert_near(model, expected, NEAR[variant])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,7 +149,7 @@ def test_the_recipe(build, variant, rank, exponent):
 )
 def test_the_recipe_changed(variant, changes):
     model, expected, _ = train_twice(mlp(), EvaConfig(variant=variant, rank=1, **changes), lr=0.01)
-    assert_near(model, expected, 1e-12)
+    assert_near(model, expected, NEAR[variant])
 
 
 @pytest.mark.parametrize("config", [CONFIGS[name] for name in RECIPES], ids=RECIPES)
@@ -172,7 +173,7 @@ def test_accumulation_does_not_matter(variant):
                 loss(model).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert_near(*models, 1e-12)
+    assert_near(*models, NEAR[variant])
 
 
 # Training ------------------------------------------------------------------------------------------------------------
