@@ -10,22 +10,20 @@ def code_blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def prose(path: Path) -> str:
-    """A file without its code."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"``.+?``|`[^`\n]+`", "`code`", text)
+def without_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def links(path: Path) -> list[str]:
     """The targets of all links and pictures that lead to a place in this repository."""
-    targets = re.findall(r"\]\(<?([^)\s>]+)", prose(path)) + re.findall(r'(?:src|href)="([^"]+)"', prose(path))
+    text = re.sub(r"``.+?``|`[^`\n]+`", "code", without_blocks(path))
+    targets = re.findall(r"\]\(<?([^)\s>]+)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     return [target for target in targets if not re.match(r"\w+:", target)]
 
 
 def anchors(path: Path) -> set[str]:
     """What the headings of a file are called in links to them, on GitHub and in the rendered documentation."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 

@@ -21,9 +21,8 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")], ids=name)
 def test_the_code_of_a_page_runs(page, monkeypatch):
-    monkeypatch.setattr(layers, "KINDS", known := list(layers.KINDS))
+    monkeypatch.setattr(layers, "KINDS", list(layers.KINDS))  # one page adds to it
     run_blocks(page)
-    assert len(known) == 4 or page.stem != "layer_kinds"
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name)
