@@ -1,4 +1,4 @@
-"""Docstrings in the form of Hugging Face, for the API reference: `[`Name`]`, types in backticks, `metadata["help"]`."""
+"""Docstrings in the form of Hugging Face, for the API reference: references, types in backticks, help texts."""
 
 from __future__ import annotations
 
