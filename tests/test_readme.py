@@ -65,7 +65,7 @@ def test_its_python_runs(tmp_path, monkeypatch):
         hf_eva.unregister()
     assert names["trainer"].state.global_step > 0
     assert names["args"].optim == "eva" and isinstance(names["optimizer"].optimizer, hf_eva.Eva)
-    assert names["MySFTConfig"](str(tmp_path)).eva_config == EvaConfig()
+    assert names["MySFTConfig"](str(tmp_path), use_cpu=True, bf16=False).eva_config == EvaConfig()
 
 
 def commands() -> list[str]:
