@@ -44,7 +44,7 @@ QUIET   := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DA
 PYTEST  := -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo bench bench-step test test-slow test-lowest lint format build clean clean-env
+.PHONY: help env demo bench bench-step test test-slow test-lowest lint format docs build clean clean-env
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,9 @@ format: $(DEV)  ## what ruff can mend by itself
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+docs: $(DEV)  ## the documentation, in build/docs; a dead link is an error
+	$(BIN)/python -m zensical build --strict --clean
+
 build: $(DEV)  ## the wheel and the source archive, in dist/, and an import of that wheel
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -89,7 +92,7 @@ build: $(DEV)  ## the wheel and the source archive, in dist/, and an import of t
 		'import hf_eva; assert "build/wheel" in hf_eva.__file__, hf_eva.__file__; print("imports hf_eva", hf_eva.__version__)'
 
 clean:  ## remove what builds and tools left behind; environments and runs stay
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find hf_eva scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-env:  ## remove the environments
