@@ -202,12 +202,19 @@ def _power(levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, cor
     return levels.pow(-exponent * (1 - agreement / 2)) - 1
 
 
-def subspace_images(grads: Tensor, output: Tensor, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`G U_A`, `Gᵀ U_B`, `(G Gᵀ) U_B` and `(Gᵀ G) U_A` for bases of unit columns, in three reads of `G`."""
-    image = grads.bmm(input)
-    both = torch.cat([output, image], 2).mT.bmm(grads).mT  # in this order, G is read along its rows
-    rank = output.shape[2]
-    return image, both[:, :, :rank], grads.bmm(both[:, :, :rank]), both[:, :, rank:]
+class Images(NamedTuple):
+    """Of bases of unit columns: `[G U_A, U_B]`, its image under `Gᵀ`, and `(G Gᵀ) U_B`; all `(n, d, columns)`."""
+
+    left: Tensor
+    right: Tensor
+    outer: Tensor
+
+
+def subspace_images(grads: Tensor, output: Tensor, input: Tensor) -> Images:
+    """All that is known of `G` through both bases, in three reads of it."""
+    left = torch.cat([grads.bmm(input), output], 2)
+    right = left.mT.bmm(grads).mT  # in this order, G is read along its rows
+    return Images(left, right, grads.bmm(right[:, :, input.shape[2] :]))
 
 
 def subspace_step(grads: Tensor, output: Tensor, input: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,34 +227,30 @@ def subspace_step(grads: Tensor, output: Tensor, input: Tensor, weights: Tensor)
     lacks; the power iteration on `U_B` alone, which needs the same products, would take many steps to find them.
     """
     norms = column_norms(output), column_norms(input)
-    outer, inner = unit_columns(output, norms[0]), unit_columns(input, norms[1])
-    of_inner, of_outer, outer_image, inner_image = subspace_images(grads, outer, inner)
-    output = _ritz_step(output, outer, norms[0], of_inner, torch.cat([inner_image, of_outer], 2), weights)
-    input = _ritz_step(input, inner, norms[1], of_outer, torch.cat([outer_image, of_inner], 2), weights)
-    return output, input
+    inner, rank = unit_columns(input, norms[1]), norms[1].shape[1]
+    left, right, outer_image = subspace_images(grads, unit_columns(output, norms[0]), inner)
+    new_output = _ritz_step(norms[0], left, right, weights)
+    columns, images = torch.cat([right[:, :, rank:], inner], 2), torch.cat([outer_image, left[:, :, :rank]], 2)
+    new_input = _ritz_step(norms[1], columns, images, weights)
+    is_valid = _over(weights > 0, output)
+    return torch.where(is_valid, new_output, output), torch.where(is_valid, new_input, input)
 
 
-def _ritz_step(
-    bases: Tensor, units: Tensor, values: Tensor, others: Tensor, images: Tensor, weights: Tensor
-) -> Tensor:
-    """One side of [`subspace_step`]; `images` are those of `[others, units]` under the other side's `G`."""
-    is_valid, columns = _over(weights > 0, bases), torch.cat([others, units], 2)
-    columns, images = columns.where(is_valid, 0.0), images.where(is_valid, 0.0)
+def _ritz_step(values: Tensor, columns: Tensor, images: Tensor, weights: Tensor) -> Tensor:
+    """One side of [`subspace_step`]. The last of the `columns` are those of `U`; `images` are under `Gᵀ`, or `G`."""
     # Gram and Schmidt from the last column, which is the longest of the basis, to the first. Where gradients have
     # fewer directions than there are columns, the rest is rounding, which must not count directions once more.
     grams = columns.mT.bmm(columns)
-    grams.diagonal(dim1=1, dim2=2).mul_(1 + 4 * columns.shape[2] * _eps(columns)).add_(torch.finfo(grams.dtype).tiny)
+    grams.diagonal(dim1=1, dim2=2).mul_(1 + 4 * grams.shape[1] * _eps(grams)).add_(torch.finfo(grams.dtype).tiny)
     factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
-    columns, images = (
-        torch.linalg.solve_triangular(factors, matrices, upper=False, left=False) for matrices in (columns, images)
-    )
-    old = factors[:, :, others.shape[2] :]  # the units, in terms of the new columns
-    projected = (old * ((1 - weights).unsqueeze(1) * values).unsqueeze(1)).bmm(old.mT)
-    projected += _over(weights, images) * images.mT.bmm(images)
-    ritz_values, vectors = torch.linalg.eigh(projected)
-    rank = values.shape[1]
-    new = columns.bmm(vectors[:, :, -rank:] * ritz_values[:, -rank:].clamp_min(0.0).unsqueeze(1))
-    return torch.where(is_valid, new, bases)
+    one = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
+    inverses = torch.linalg.solve_triangular(factors, one, upper=False)
+    columns, images = columns.bmm(inverses), images.bmm(inverses)
+    rank, weights = values.shape[1], _over(weights, grams)
+    old = factors[:, :, -rank:]  # U, in terms of the new columns
+    projected = (old * values.unsqueeze(1)).bmm(old.mT).lerp_(images.mT.bmm(images), weights)
+    ritz_values, vectors = torch.linalg.eigh(projected.where(weights > 0, 0.0))  # which may not be NaN
+    return columns.bmm(vectors[:, :, -rank:] * ritz_values[:, -rank:].clamp_min(0.0).unsqueeze(1))
 
 
 def column_norms(bases: Tensor) -> Tensor:
@@ -277,7 +280,8 @@ def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> t
     """Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, for the layers that are `valid`."""
     valid = _over(valid, output)
     for _ in range(ITERATIONS):
-        _, _, *images = subspace_images(grads, output, input)
+        _, right, outer_image = subspace_images(grads, output, input)
+        images = outer_image, right[:, :, : input.shape[2]]
         output, input = (
             torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis).contiguous()  # as bases that are read
             for basis, image in zip((output, input), images, strict=True)
