@@ -221,6 +221,11 @@ class EvaConfig:
         return self.variant == "eva"
 
     @property
+    def divides_by_damping(self) -> bool:
+        """Whether directions are divided by the damping after the formulas, which leave that to their caller."""
+        return self.curvature == "joint" and self.needs_inputs and self.damping_mode == "absolute"
+
+    @property
     def includes_bias(self) -> bool:
         """Whether a layer's bias is preconditioned together with its weight, as its last column."""
         return self.base == "sgd" and self.curvature == "joint" and self.needs_inputs

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import base, formula
 from .capture import Capture, Statistics
 from .config import EvaConfig
+from .diagnostics import LastStep, correction_sums, row_sums
 from .layers import Layer, working_dtype
 from .selection import Plan, embeddings_of, statistics_shapes
 from .stacks import Scratch, Stack, stacks_of
@@ -116,6 +117,7 @@ class Eva(torch.optim.Optimizer):
             )
         self._warned: set[int] = set()
         self._steps = 0
+        self._last = LastStep()
         self._scratch = Scratch()
         self._stacked: tuple[list[tuple[Any, ...]], list[Stack]] = [], []
 
@@ -147,6 +149,7 @@ class Eva(torch.optim.Optimizer):
             RuntimeError: a planned layer has a sparse gradient, or one that is sharded over processes.
         """
         self._steps += 1
+        self._last = LastStep()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,6 +161,31 @@ class Eva(torch.optim.Optimizer):
         else:
             self._adamw_step(stacks, statistics)
         return loss
+
+    def diagnostics(self, layers: bool = True) -> dict[str, float]:
+        """
+        What the last step did, measured now and read in one copy from the device: a step that nobody asks about does
+        no more work. Empty before the first step and with variant `"none"`.
+
+        Args:
+            layers (`bool`, defaults to `True`): whether to give the strength of each layer, too.
+
+        Returns:
+            `dict[str, float]`, without values that are not known or not finite:
+
+            - `eva_strength/<layer>`: 1 − cos of the angle between a layer's update and the momentum that it was made
+              from (between direction and gradient with base `"sgd"`), in [0, 2]; 0 is first-order.
+            - `eva_strength`: its mean over the layers.
+            - `eva_update_size`: root mean square of the entries of all these updates, before the learning rate.
+            - `eva_kl_factor` or `eva_rescale_factor`: the factor of `kl_mode` `"clip"` or `"rescale"`.
+            - `eva_curvature_inputs`, `eva_curvature_outputs`: the largest eigenvalue of a layer's factor (of a vector
+              its squared norm), median over the layers.
+            - `eva_fallback_layers`: how many planned layers got no preconditioned update: they were not called, or
+              their gradient was missing, zero or not finite.
+        """
+        if self.config.variant == "none" or not self._steps:
+            return {}
+        return self._last.measure(self.state, self.config, len(self.plan.layers), layers)
 
     def _stacks(self, statistics: Sequence[Statistics] | None) -> list[Stack]:
         """The layers that this step preconditions, in stacks."""
@@ -220,7 +248,9 @@ class Eva(torch.optim.Optimizer):
         norms, numel = row_squares.sum(1).sqrt(), matrices[0].numel()
         weight_norms = torch.stack(torch._foreach_norm([layer.weight for layer in stack.layers])).to(norms.dtype)
         largest = formula.largest_sizes(weight_norms, numel, stack.group["lr"])
-        return formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
+        scales = formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
+        self._last.keep(stack, row_sums, row_squares, products, squares, scales)
+        return scales
 
     def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
@@ -235,7 +265,7 @@ class Eva(torch.optim.Optimizer):
                 before += torch._foreach_norm([gradients, *([] if biases is None else [biases])])
             inner.append(self._precondition_(stack, gradients, biases, seen))
             updates += stack.write_gradients(gradients, biases)
-        factor = self._size_factor(stacks, inner, before, updates)
+        factor = self._last.factor = self._size_factor(stacks, inner, before, updates)
         if updates and factor is not None:
             torch._foreach_mul_(updates, factor)
         for group in self.param_groups:
@@ -250,13 +280,12 @@ class Eva(torch.optim.Optimizer):
         config = self.config
         if config.kl_mode == "rescale" and updates:
             return formula.rescale_factor(before, torch._foreach_norm(list(updates)))
-        is_divided = config.curvature == "joint" and config.needs_inputs and config.damping_mode == "absolute"
-        scale = 1 / config.damping if is_divided else 1.0
+        scale = 1 / config.damping if config.divides_by_damping else 1.0
         if config.kl_mode == "clip" and updates:
             return scale * formula.kl_factor(
                 [values * scale for values in inner], [stack.group["lr"] for stack in stacks], config.kl_clip
             )
-        return scale if is_divided else None
+        return scale if config.divides_by_damping else None
 
     def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> _Seen:
         """Bring the running averages up to date."""
@@ -313,12 +342,12 @@ class Eva(torch.optim.Optimizer):
         matrices = stack.kind.matrices(gradients)
         squares = formula.squared_norms(gradients)
         correction = self._correction(stack, matrices, biases, seen, None)
-        bias_squares = 0.0 if biases is None else formula.squared_norms(biases)
-        inner = squares + bias_squares + (correction.columns * correction.images).sum((1, 2))
+        whole = squares if biases is None else squares + formula.squared_norms(biases)
+        inner = whole + (correction.columns * correction.images).sum((1, 2))
         correction.apply_(matrices, biases)
-        if self.config.variant == "eva_s" and self.config.curvature == "joint":
-            inner = inner * formula.restore_norms_(gradients, squares)
-        return inner
+        keeps_norms = self.config.variant == "eva_s" and self.config.curvature == "joint"
+        self._last.keep(stack, correction_sums, correction, whole, biases is not None, keeps_norms)
+        return inner * formula.restore_norms_(gradients, squares) if keeps_norms else inner
 
     def _correction(
         self, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: _Seen, starts: Tensor | None

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from .diagnostics import STRENGTH
+
 STATE_FILE = "trainer_state.json"
 FACTS_FILE = "eva_run.json"
-STRENGTH = "eva_strength/"
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ class Run:
         The strength of preconditioning, logged as `eva_strength/<layer>`: 1 − cos of the angle between a layer's
         update and its momentum, 0 where its direction is first-order. `None` where none was logged.
         """
-        entries = [entry for entry in self.history if any(key.startswith(STRENGTH) for key in entry)]
+        prefix = f"{STRENGTH}/"
+        entries = [entry for entry in self.history if any(key.startswith(prefix) for key in entry)]
         if not entries:
             return None
-        found = {key.removeprefix(STRENGTH) for entry in entries for key in entry if key.startswith(STRENGTH)}
+        found = {key.removeprefix(prefix) for entry in entries for key in entry if key.startswith(prefix)}
         layers = sorted(found, key=self._order)
-        values = [tuple(float(entry.get(STRENGTH + layer, math.nan)) for entry in entries) for layer in layers]
+        values = [tuple(float(entry.get(prefix + layer, math.nan)) for entry in entries) for layer in layers]
         return Strengths(tuple(layers), tuple(entry["step"] for entry in entries), tuple(values))
 
     def spectra(self) -> list[Spectrum]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from .callbacks import EvaCallback
+from .callbacks import EvaCallback, without_layers_on
 from .config import PRESETS, EvaConfig, parse_options
 from .facts import run_facts, run_of, save_facts
 from .loss_scale import COUNT, count_items, hides_item_count, ignores_item_count, is_always_a_mean, share_of_window
@@ -66,6 +66,13 @@ class EvaTrainingArgumentsMixin(_flags()):  # type: ignore[misc]
     eva_exclude: list[str] | None = field(
         default=None,
         metadata={"help": "Layers not to precondition, as names, parts of names or regular expressions."},
+    )
+    eva_log_layers: bool = field(
+        default=True,
+        metadata={
+            "help": "Log how strongly each layer is preconditioned, as eva_strength/<layer>, beside the mean. What is "
+            "printed leaves it out."
+        },
     )
     baseline_run: str | None = field(
         default=None,
@@ -131,9 +138,10 @@ class EvaTrainerMixin(_AnyTrainer):
     """
     What makes an [`EvaTrainer`] of any trainer: `class MySFTTrainer(EvaTrainerMixin, SFTTrainer): ...`.
 
-    It creates the optimizer where `args.optim` is `"eva"`, logs the time per step and the optimizer's share of it,
-    and adds the section "Training time" to the model card, also for other optimizers. With any of them micro-batches
-    count by their labels where the model does not divide its loss by the number of all, as Trainer expects.
+    It creates the optimizer where `args.optim` is `"eva"`, logs the time per step and the optimizer's share of it
+    beside what [`Eva.diagnostics`] tells, and adds the section "Training time" to the model card, also for other
+    optimizers. With any of them micro-batches count by their labels where the model does not divide its loss by the
+    number of all, as Trainer expects.
 
     `card_defaults` holds arguments of `create_model_card` for every card of this trainer: those that `push_to_hub`
     writes, those that a script asks for and those written by hand.
@@ -147,6 +155,8 @@ class EvaTrainerMixin(_AnyTrainer):
         super().__init__(*args, **kwargs)
         self.card_defaults: dict[str, Any] = {}
         self.add_callback(EvaCallback())
+        for callback in self.callback_handler.callbacks:
+            without_layers_on(callback)
         self._window: tuple[Tensor, int] | None = None
         model = self.accelerator.unwrap_model(self.model)
         smoother = getattr(self, "label_smoother", None)
@@ -202,12 +212,12 @@ class EvaTrainerMixin(_AnyTrainer):
 
     @property
     def eva_callback(self) -> EvaCallback:
-        """The callback that times this trainer."""
+        """The callback that times this trainer and tells what Eva does in it."""
         return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, EvaCallback))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs.update(self.eva_callback.interval())
+            logs.update(self.eva_callback.interval(getattr(self.args, "eva_log_layers", True)))
         elif "train_runtime" in logs:
             logs.update(self.eva_callback.summary())
         super().log(logs, *args, **kwargs)

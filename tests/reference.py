@@ -193,8 +193,8 @@ def observe(
 class Reference:
     """
     The optimizer, for `model` with its `layers` (by name) preconditioned. `config` holds the hyperparameters under
-    the names that the package gives them; `guess(d, r)` makes the first basis of a subspace. `nu` is the factor that
-    the last step put on all layers together.
+    the names that the package gives them; `guess(d, r)` makes the first basis of a subspace. Of the last step, `nu` is
+    the factor on all layers together, and `turned` holds for each layer what was preconditioned and what it became.
     """
 
     def __init__(self, model, layers, config, *, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, guess=None):
@@ -205,6 +205,7 @@ class Reference:
         self.adam: dict[str, tuple[Tensor, Tensor]] = {}
         self.steps = 0
         self.nu = torch.ones(())
+        self.turned: dict[str, tuple[Tensor, Tensor]] = {}
 
     def step(self, *losses: Loss) -> None:
         """One step from the sum of the losses of its micro-batches."""
@@ -244,6 +245,7 @@ class Reference:
             self.nu = rescale_factor(P, G)
         for name, module in self.layers.items():
             direction = self.nu * directions[name]
+            self.turned[name] = raw[name], direction
             if self.config.variant == "eva_s":
                 gradients[f"{name}.weight"] = direction
                 continue
@@ -298,6 +300,7 @@ class Reference:
             shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
             largest = (0.05 * root_mean_square / self.lr).clamp(min=0.2) if self.lr else 1.0
             step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square, largest)
+            self.turned[layer] = N, step
             parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
 
     def precondition(self, N: Tensor, factors) -> Tensor:

@@ -23,6 +23,7 @@ ROOMS = (
     "collectives",
     "masks",
     "capture",
+    "diagnostics",
     "optimizer",
     "factory",
     "loss_scale",
