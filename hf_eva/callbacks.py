@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from .diagnostics import STRENGTH
+from .diagnostics import CURVATURE, STRENGTH
 from .optimizer import Eva
 
 
@@ -83,7 +83,8 @@ class EvaCallback(TrainerCallback, ExportableState):
     alone, evaluations and the whole training, with any optimizer; the times survive a resumption. Nothing waits for a
     device or is computed before somebody asks: with [`interval`], as [`EvaTrainer`] does when it logs.
 
-    In a loop of Accelerate's, or in a plain one, the optimizer is given:
+    In a stock Trainer that trains with Eva it logs the same, less the values of single layers; [`register`] puts it
+    there. In a loop of Accelerate's, or in a plain one, the optimizer is given:
 
     ```python
     watch = EvaCallback(optimizer)
@@ -120,6 +121,11 @@ class EvaCallback(TrainerCallback, ExportableState):
         self._times.in_steps += self._step.read()
         self._times.in_optimizer += self._optimizer_step.read()
         return self._times
+
+    @times.setter
+    def times(self, times: Times | dict[str, Any]) -> None:
+        # As a Trainer does that restores the callbacks of a checkpoint.
+        self._times = Times(**times) if isinstance(times, dict) else times
 
     @contextmanager
     def timing(self) -> Iterator[None]:
@@ -191,6 +197,24 @@ class EvaCallback(TrainerCallback, ExportableState):
         self._step.stop()
         self._times.steps += 1
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # In an `EvaTrainer` it is all there, and what follows adds nothing.
+        if not logs or not isinstance(self._optimizer(), Eva):
+            return
+        added = self.interval(layers=False) if "loss" in logs else {}
+        if "train_runtime" in logs and "train_steps_seconds" not in logs:
+            added = self.summary()
+        # The callbacks that come after this one see `logs`, the history has a copy.
+        logs.update(added)
+        state.log_history[-1].update(added)
+
     def on_evaluate(self, *args: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if self._train_started:
             self._times.in_evaluation += sum(v for key, v in metrics.items() if key.endswith("_runtime"))
@@ -217,14 +241,18 @@ class EvaCallback(TrainerCallback, ExportableState):
         return self._times.total + running
 
 
-def without_layers_on(console: TrainerCallback) -> None:
-    """Keep the values of single layers, which are many, out of the lines that a callback of the Trainer's prints."""
+# What a line on the console has no place for: the layers are many, and curvature is looked at over time.
+_NOT_PRINTED = (f"{STRENGTH}/", CURVATURE)
+
+
+def shorten_lines_of(console: TrainerCallback) -> None:
+    """Where this is a callback of the Trainer's that prints the logs, have it leave out what would flood its lines."""
     if not isinstance(console, PrinterCallback | ProgressCallback):
         return
     on_log = console.on_log
 
     def on_brief_log(*args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        brief = {key: value for key, value in logs.items() if not key.startswith(f"{STRENGTH}/")}
+        brief = {key: value for key, value in logs.items() if not key.startswith(_NOT_PRINTED)}
         on_log(*args, logs=brief, **kwargs)
 
     console.on_log = on_brief_log

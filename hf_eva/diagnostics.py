@@ -16,6 +16,7 @@ from .formula import Correction, column_norms
 from .stacks import Stack, State
 
 STRENGTH = "eva_strength"  # on average; of a layer `eva_strength/<layer>`
+CURVATURE = "eva_curvature_"  # and the side
 
 
 class LastStep:
@@ -47,7 +48,7 @@ class LastStep:
             found[name] = factor * (config.damping if config.divides_by_damping else 1.0)
         for column, side in ((3, "inputs"), (4, "outputs")):
             norms = [row[column] for row in rows if math.isfinite(row[column])]
-            found[f"eva_curvature_{side}"] = statistics.median(norms) if norms else math.nan
+            found[f"{CURVATURE}{side}"] = statistics.median(norms) if norms else math.nan
         found["eva_fallback_layers"] = planned - len(known)
         if layers:
             found |= {f"{STRENGTH}/{name}": value for name, value in known.items()}

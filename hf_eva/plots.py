@@ -162,7 +162,7 @@ def _heat_map(strengths: Strengths, title: str) -> Figure:
     axes.set_xlabel(_STEPS)
     axes.locator_params(axis="x", integer=True)
     axes.set_title(title, fontsize="medium")
-    figure.colorbar(mesh, ax=axes, pad=0.02, label="strength: 1 − cos(update, momentum), 0 is first-order")
+    figure.colorbar(mesh, ax=axes, pad=0.02, label="strength: 1 − cos(update, momentum)\n(0 is first-order)")
     return figure
 
 

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 
+from .callbacks import EvaCallback
 from .config import EvaConfig, parse_options
 from .loss_scale import warn_of_loss_scale
 from .optimizer import Eva
@@ -20,13 +21,14 @@ def register() -> None:
     """
     Make `optim="eva"` valid for the stock `Trainer` and all its subclasses, on the command line and in Python.
 
-    Options are given as `optim_args="rank=8,damping=0.03"`, layers are chosen with `optim_target_modules`. Calling it
-    again changes nothing; [`unregister`] takes it back. It holds for one process: each process of a training calls it.
+    Options are given as `optim_args="rank=8,damping=0.03"`, layers are chosen with `optim_target_modules`. Trainings
+    with it log what [`EvaCallback`] tells. Calling it again changes nothing; [`unregister`] takes it back. It holds
+    for one process: each process of a training calls it.
 
     Raises:
         RuntimeError: this version of transformers has no table of optimizers that could be extended.
     """
-    names, handlers = _tables()
+    names, handlers, callbacks = _tables()
     if NAME in handlers:
         return
     member = str.__new__(names, NAME)
@@ -37,13 +39,15 @@ def register() -> None:
     # not load in a process that has not registered it.
     names._value2member_map_[NAME] = NAME
     handlers[NAME] = _handler
+    callbacks.append(EvaCallback)  # ahead of those that report, which a trainer adds to its copy of the list
 
 
 def unregister() -> None:
     """Take back what [`register`] did."""
-    names, handlers = _tables()
+    names, handlers, callbacks = _tables()
     if handlers.pop(NAME, None) is None:
         return
+    callbacks.remove(EvaCallback)
     names._member_names_.remove(NAME.upper())
     del names._member_map_[NAME.upper()]
     del names._value2member_map_[NAME]
@@ -89,9 +93,10 @@ def _handler(context: Any) -> tuple[type[Eva], dict[str, Any]]:
     return eva_class_and_kwargs(context.args, context.model)
 
 
-def _tables() -> tuple[Any, dict[str, Any]]:
-    """The enumeration of all values of `optim`, and the function behind each."""
+def _tables() -> tuple[Any, dict[str, Any], list[Any]]:
+    """The enumeration of all values of `optim`, the function behind each, and the callbacks of every trainer."""
     try:
+        from transformers.trainer import DEFAULT_CALLBACKS as callbacks
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
         from transformers.training_args import OptimizerNames as names
 
@@ -102,4 +107,4 @@ def _tables() -> tuple[Any, dict[str, Any]]:
             f"cannot add 'eva' to the optimizers of transformers {transformers.__version__} ({error}): install "
             "transformers>=5.6,<6, or use hf_eva.EvaTrainer, which needs no registration."
         ) from error
-    return names, handlers
+    return names, handlers, callbacks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from .callbacks import EvaCallback, without_layers_on
+from .callbacks import EvaCallback, shorten_lines_of
 from .config import PRESETS, EvaConfig, parse_options
 from .facts import run_facts, run_of, save_facts
 from .loss_scale import COUNT, count_items, hides_item_count, ignores_item_count, is_always_a_mean, share_of_window
@@ -154,9 +154,11 @@ class EvaTrainerMixin(_AnyTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.card_defaults: dict[str, Any] = {}
-        self.add_callback(EvaCallback())
+        # In a trainer built after `register()` there is one.
+        if not any(isinstance(callback, EvaCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(EvaCallback())
         for callback in self.callback_handler.callbacks:
-            without_layers_on(callback)
+            shorten_lines_of(callback)
         self._window: tuple[Tensor, int] | None = None
         model = self.accelerator.unwrap_model(self.model)
         smoother = getattr(self, "label_smoother", None)

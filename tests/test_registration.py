@@ -101,6 +101,7 @@ def test_all_ways_to_name_the_optimizer_leave_a_plain_string(tmp_path):
     [
         ("transformers.trainer_optimizer._OPTIMIZER_HANDLERS", None),
         ("transformers.training_args.OptimizerNames", None),
+        ("transformers.trainer.DEFAULT_CALLBACKS", None),
         ("transformers.training_args.OptimizerNames", str),  # no enumeration any more
     ],
 )
