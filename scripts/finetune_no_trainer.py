@@ -14,7 +14,6 @@ Fine-tune a text classifier with Eva in a loop of accelerate's, without a Traine
 import argparse
 import math
 import os
-import time
 
 import datasets
 import embedded
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, get_scheduler
 
 from hf_eva import EvaConfig, create_eva_optimizer
+from hf_eva.callbacks import EvaCallback
 
 OPTIONS = {
     "model_name_or_path": ("embedded:minilm", "Hub name, folder, or `embedded:` and a name that embedded.py lists."),
@@ -38,9 +38,10 @@ OPTIONS = {
     "learning_rate": (2e-4, "Largest learning rate; it falls to zero along a cosine."),
     "weight_decay": (0.01, "Weight decay, decoupled."),
     "eva_options": ("", "Fields of EvaConfig, as in `rank=8,damping=0.03`."),
+    "log_with": ("", "Where to log the rows, what Eva does among them: a tracker, such as `tensorboard`."),
     "seed": (42, "Seed of the new head, the order of the rows and dropout."),
 }
-COLUMNS = ("epoch", "steps", "train loss", "eval loss", "accuracy", "seconds", "samples/s")
+COLUMNS = ("epoch", "steps", "train loss", "eval loss", "accuracy", "eva_strength", "step_seconds", "optimizer_share")
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, EvaConfig]:
@@ -80,12 +81,12 @@ def load(args: argparse.Namespace, accelerator: Accelerator) -> tuple:
     return model, tokenizer, train, validation
 
 
-def train_epoch(accelerator: Accelerator, model, optimizer, schedule, loader) -> float:
+def train_epoch(accelerator: Accelerator, model, optimizer, schedule, loader, watch: EvaCallback) -> float:
     """The mean loss of an epoch over all processes."""
     model.train()
     losses = []
     for batch in loader:
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model), watch.timing():
             loss = model(**batch).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -113,27 +114,29 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.log_with or None,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=2),
     )
     set_seed(args.seed)
     model, tokenizer, *loaders = load(args, accelerator)
     optimizer = create_eva_optimizer(model, args.learning_rate, args.weight_decay, config)
-    accelerator.print(optimizer.plan.summary(), "".join(f"{column:>12}" for column in COLUMNS), sep="\n")
+    accelerator.print(optimizer.plan.summary(), "".join(f"{column:>16}" for column in COLUMNS), sep="\n")
     model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, *loaders)
     steps = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
-    total = steps * args.num_epochs
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=total // 10, num_training_steps=total)
+    schedule = get_scheduler("cosine", optimizer, steps * args.num_epochs // 10, steps * args.num_epochs)
     accelerator.register_for_checkpointing(schedule)
+    accelerator.init_trackers("eva")
+    watch = EvaCallback(optimizer)
     if args.resume:
         accelerator.load_state()
     for epoch in range(schedule.last_epoch // steps, args.num_epochs):
         train_loader.set_epoch(epoch)
-        started = time.perf_counter()
-        loss = train_epoch(accelerator, model, optimizer, schedule, train_loader)
-        seconds = time.perf_counter() - started
-        row = (loss, *evaluate(accelerator, model, eval_loader), seconds, len(train_loader.dataset) / seconds)
-        accelerator.print(f"{epoch + 1:>12}{schedule.last_epoch:>12}", *(f"{value:>12.4g}" for value in row), sep="")
+        loss = train_epoch(accelerator, model, optimizer, schedule, train_loader, watch)
+        told = watch.interval()
+        row = (loss, *evaluate(accelerator, model, eval_loader), *(told.get(key, 0.0) for key in COLUMNS[5:]))
+        accelerator.print(f"{epoch + 1:>16}{schedule.last_epoch:>16}", *(f"{value:>16.4g}" for value in row), sep="")
+        accelerator.log(dict(zip(COLUMNS[2:], row, strict=True)) | told, step=schedule.last_epoch)
         accelerator.project_configuration.iteration = epoch
         accelerator.save_state()
     accelerator.unwrap_model(model).save_pretrained(args.output_dir, is_main_process=accelerator.is_main_process)

@@ -17,7 +17,10 @@ CASES = [*((name, optim, True) for name in NAMES for optim in ("eva", "adamw_tor
 
 
 def train(case, folder, batch, accumulated):
-    """Two steps of eight sentences in all; returns weights, losses and gradient norms, and the loss in evaluation."""
+    """
+    Two steps of eight sentences in all; returns weights, losses and gradient norms, the strengths of the last step and
+    the loss in evaluation.
+    """
     from hf_eva import EvaTrainer, EvaTrainingArguments
 
     name, optim, average = case
@@ -48,9 +51,11 @@ def train(case, folder, batch, accumulated):
     weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2
+    told = {key: torch.tensor(value) for key, value in logs[-1].items() if key.startswith("eva_strength")}
+    assert bool(told) == (optim == "eva")
     logs = torch.tensor([[log["loss"], log["grad_norm"]] for log in logs])
     evaluated = trainer.evaluate(TEXTS)["eval_loss"]
-    return {"weights": weights, "logs": logs, "evaluation": torch.tensor(evaluated)}
+    return {"weights": weights, "logs": logs, "told": told, "evaluation": torch.tensor(evaluated)}
 
 
 def train_all(rank, port, folder):
@@ -74,5 +79,8 @@ def test_two_processes_train_as_one(case, of_two_processes, tmp_path):
     expected = train(case, str(tmp_path), 8, 1)
     assert_near([first["logs"]], [expected["logs"]], 1e-5)
     assert_near(first["weights"], expected["weights"], 1e-5)
+    if case[1] == "eva":
+        assert_equal(first["told"], second["told"])
+        assert_near(first["told"], expected["told"], 1e-5)
     if case[0] != "llama":  # an evaluation is a mean over batches, whose numbers of words differ
         assert_near([first["evaluation"]], [expected["evaluation"]], 1e-5)

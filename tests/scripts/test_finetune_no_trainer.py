@@ -45,7 +45,8 @@ def test_a_run_prints_a_table_and_resumes_bit_for_bit(tiny_run, tmp_path, capsys
     output = capsys.readouterr().out
     rows = table(output)
     assert "layers preconditioned" in output
-    assert [row[:2] for row in rows] == [[1, 6], [2, 12]] and all(0 <= row[4] <= 1 for row in rows)
+    assert [row[:2] for row in rows] == [[1, 6], [2, 12]]
+    assert all(0 <= accuracy <= 1 and 0 < strength < 1 for _, _, _, _, accuracy, strength in rows)
     assert {path.name for path in whole.iterdir()} >= {"checkpoints", "config.json", "model.safetensors"}
 
     shutil.copytree(whole / "checkpoints" / "checkpoint_0", resumed / "checkpoints" / "checkpoint_0")
@@ -53,6 +54,17 @@ def test_a_run_prints_a_table_and_resumes_bit_for_bit(tiny_run, tmp_path, capsys
     assert table(capsys.readouterr().out) == rows[1:]
     before, after = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_tracker_gets_the_rows_and_what_eva_does_in_each_layer(tiny_run, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    finetune_no_trainer.main([*tiny_run, "--output_dir", str(tmp_path), "--log_with", "tensorboard"])
+    shown = events.EventAccumulator(str(tmp_path / "eva"))
+    shown.Reload()
+    tags = set(shown.Tags()["scalars"])
+    assert {"train loss", "accuracy", "eva_strength", "eva_update_size", "optimizer_milliseconds"} <= tags
+    assert "eva_strength/bert.encoder.layer.0.output.dense" in tags
+    assert [event.step for event in shown.Scalars("eva_strength")] == [6, 12]
 
 
 @pytest.mark.slow
