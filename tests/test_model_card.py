@@ -167,9 +167,9 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_the_training(losse
 def test_pictures_are_embedded_where_there_is_something_to_draw(tmp_path):
     folder = tmp_path / "run"
     text = card(folder, save_strategy="steps", save_steps=3).text
-    for name in ("loss.png", "loss-spectra.png"):
+    for name in ("loss.png", "loss-strength.png", "loss-spectra.png"):
         assert f"]({name})" in text and (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "loss-strength.png" not in text
+    assert "loss-strength.png" not in card(tmp_path / "brief", eva_log_layers=False).text
     names = facts_of(folder)["layers"].values()
     assert {spectrum.layer for spectrum in Run.read(write_state(folder)).spectra()} == set(names)
 
