@@ -63,7 +63,7 @@ class LastStep:
         if isinstance(self.factor, Tensor):
             values.append(self.factor.view(1))
         device = values[0].device
-        read = torch.cat([value.to(device, non_blocking=True) for value in values]).tolist()
+        read = torch.cat([value.to(device) for value in values]).tolist()
         factor = read.pop() if isinstance(self.factor, Tensor) else 1.0 if self.factor is None else self.factor
         width = tables[0].shape[1]
         return [read[start : start + width] for start in range(0, len(read), width)], factor
