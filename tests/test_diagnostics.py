@@ -55,9 +55,9 @@ def expected_of(reference: Reference) -> dict[str, float]:
             curvature["outputs"].append(squared[0])
             curvature["inputs"].append(math.prod(squared[1:]))
             continue
-        for side, bases, vector in (("inputs", "Z A", "a"), ("outputs", "Z B", "g")):
+        for side, factor, vector in (("inputs", "F A", "a"), ("outputs", "F B", "g")):
             if reference.config.variant == "eva_s":
-                curvature[side].append(averages[name, bases].norm(dim=0).max().item())
+                curvature[side].append(torch.linalg.eigvalsh(averages[name, factor])[-1].item())
             elif side == "inputs" or reference.config.variant == "eva":
                 a = averages[name, vector]
                 is_padded = side == "inputs" and reference.config.includes_bias
