@@ -81,7 +81,7 @@ class EvaCallback(TrainerCallback, ExportableState):
 
     It times training steps (forward, backward, clipping and optimizer, without the loading of data), the optimizer
     alone, evaluations and the whole training, with any optimizer; the times survive a resumption. Nothing waits for a
-    device or is computed before somebody asks: with [`interval`], as [`EvaTrainer`] does when it logs.
+    device or is computed before somebody asks: with `interval`, as [`EvaTrainer`] does when it logs.
 
     In a stock Trainer that trains with Eva it logs the same, less the values of single layers; [`register`] puts it
     there. In a loop of Accelerate's, or in a plain one, the optimizer is given:
@@ -141,7 +141,7 @@ class EvaCallback(TrainerCallback, ExportableState):
         """
         What a Trainer logs beside the loss, empty where no step was made since the last call: `step_seconds`,
         `optimizer_milliseconds` and `optimizer_share`, means over the steps since then, and what
-        [`Eva.diagnostics`] tells of the last step, with or without the strength of each of the `layers`.
+        `Eva.diagnostics` tells of the last step, with or without the strength of each of the `layers`.
         """
         times = self.times
         steps = times.steps - self._logged.steps

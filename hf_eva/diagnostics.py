@@ -34,7 +34,7 @@ class LastStep:
         self._stacks.append((stack, partial(sums, *values)))
 
     def measure(self, state: State, config: EvaConfig, planned: int, layers: bool) -> dict[str, float]:
-        """See [`Eva.diagnostics`]. What is not finite is left out."""
+        """See `Eva.diagnostics`. What is not finite is left out."""
         names = [layer.name for stack, _ in self._stacks for layer in stack.layers]
         numel = sum(_numel(stack) for stack, _ in self._stacks)
         rows, factor = self._read(state)

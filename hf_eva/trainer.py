@@ -139,7 +139,7 @@ class EvaTrainerMixin(_AnyTrainer):
     What makes an [`EvaTrainer`] of any trainer: `class MySFTTrainer(EvaTrainerMixin, SFTTrainer): ...`.
 
     It creates the optimizer where `args.optim` is `"eva"`, logs the time per step and the optimizer's share of it
-    beside what [`Eva.diagnostics`] tells, and adds the section "Training time" to the model card, also for other
+    beside what `Eva.diagnostics` tells, and adds the section "Training time" to the model card, also for other
     optimizers. With any of them micro-batches count by their labels where the model does not divide its loss by the
     number of all, as Trainer expects.
 
