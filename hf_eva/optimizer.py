@@ -165,23 +165,21 @@ class Eva(torch.optim.Optimizer):
     def diagnostics(self, layers: bool = True) -> dict[str, float]:
         """
         What the last step did, measured now and read in one copy from the device: a step that nobody asks about does
-        no more work. Empty before the first step and with variant `"none"`.
+        no more work. Empty before the first step and with variant `"none"`. What is not known or not finite is left
+        out of:
+
+        - `eva_strength/<layer>`: 1 − cos of the angle between a layer's update and the momentum that it was made from
+          (between direction and gradient with base `"sgd"`), in [0, 2]; 0 is first-order.
+        - `eva_strength`: its mean over the layers.
+        - `eva_update_size`: root mean square of the entries of all these updates, before the learning rate.
+        - `eva_kl_factor` or `eva_rescale_factor`: the factor of `kl_mode` `"clip"` or `"rescale"`.
+        - `eva_curvature_inputs`, `eva_curvature_outputs`: the largest eigenvalue of a layer's factor (of a vector its
+          squared norm), median over the layers.
+        - `eva_fallback_layers`: how many planned layers got no preconditioned update: they were not called, or their
+          gradient was missing, zero or not finite.
 
         Args:
             layers (`bool`, defaults to `True`): whether to give the strength of each layer, too.
-
-        Returns:
-            `dict[str, float]`, without values that are not known or not finite:
-
-            - `eva_strength/<layer>`: 1 − cos of the angle between a layer's update and the momentum that it was made
-              from (between direction and gradient with base `"sgd"`), in [0, 2]; 0 is first-order.
-            - `eva_strength`: its mean over the layers.
-            - `eva_update_size`: root mean square of the entries of all these updates, before the learning rate.
-            - `eva_kl_factor` or `eva_rescale_factor`: the factor of `kl_mode` `"clip"` or `"rescale"`.
-            - `eva_curvature_inputs`, `eva_curvature_outputs`: the largest eigenvalue of a layer's factor (of a vector
-              its squared norm), median over the layers.
-            - `eva_fallback_layers`: how many planned layers got no preconditioned update: they were not called, or
-              their gradient was missing, zero or not finite.
         """
         if self.config.variant == "none" or not self._steps:
             return {}
