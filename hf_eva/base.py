@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from .shards import axes_of, like, local
+
 State = MutableMapping[Tensor, dict[str, Tensor]]
 
 BLOCK = 2**18  # elements, of which a cache holds a few times as many
@@ -39,10 +41,10 @@ def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any])
     entries = [state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]
     adamw(
-        list(parameters),
+        [local(parameter) for parameter in parameters],
         [_grad(parameter) for parameter in parameters],
-        [entry["exp_avg"] for entry in entries],
-        [entry["exp_avg_sq"] for entry in entries],
+        [local(entry["exp_avg"]) for entry in entries],
+        [local(entry["exp_avg_sq"]) for entry in entries],
         [],
         [entry["step"] for entry in entries],
         foreach=group["foreach"],
@@ -66,14 +68,21 @@ def row_adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, A
     for parameter in parameters:
         entry = state[parameter]
         if "exp_avg" not in entry:
+            if axes_of(parameter)[1].mesh is not None:
+                raise RuntimeError(
+                    f"An embedding of shape {tuple(parameter.shape)} is sharded along its second axis, which Eva does "
+                    "not know: shard it by rows, as `fully_shard` does by itself."
+                )
             precise = torch.promote_types(parameter.dtype, torch.float32)
             entry["step"] = torch.zeros((), dtype=precise, device=parameter.device)
             entry["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            entry["exp_avg_sq"] = torch.zeros(len(parameter), 1, dtype=precise, device=parameter.device)
+            entry["exp_avg_sq"] = torch.zeros_like(
+                parameter[:, :1], dtype=precise, memory_format=torch.contiguous_format
+            )
         entry["step"] += 1
         start1, start2 = 1 - beta1 ** entry["step"], 1 - beta2 ** entry["step"]
-        per_block = max(1, BLOCK // parameter[0].numel()) if parameter.device.type == "cpu" else len(parameter)
-        tensors = parameter, _grad(parameter), entry["exp_avg"], entry["exp_avg_sq"]
+        per_block = max(1, BLOCK // parameter.shape[1]) if parameter.device.type == "cpu" else len(parameter)
+        tensors = local(parameter), _grad(parameter), local(entry["exp_avg"]), local(entry["exp_avg_sq"])
         for weight, grad, first, second in zip(*(t.split(per_block) for t in tensors), strict=True):
             first.lerp_(grad, 1 - beta1)
             second.lerp_(_mean_squares(grad).to(second.dtype), 1 - beta2)
@@ -85,9 +94,10 @@ def sgd_(
     parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], momentum: float, nesterov: bool
 ) -> None:
     """One step of `torch.optim.SGD`, through its functional form and with its state, for parameters with `.grad`."""
-    buffers: list[Tensor | None] = [state[parameter].get("momentum_buffer") for parameter in parameters]
+    kept = [state[parameter].get("momentum_buffer") for parameter in parameters]
+    buffers = [None if buffer is None else local(buffer) for buffer in kept]
     sgd(
-        list(parameters),
+        [local(parameter) for parameter in parameters],
         [_grad(parameter) for parameter in parameters],
         buffers,
         foreach=group["foreach"],
@@ -100,9 +110,10 @@ def sgd_(
         maximize=False,
     )
     if momentum != 0:
-        for parameter, buffer in zip(parameters, buffers, strict=True):
-            assert buffer is not None
-            state[parameter]["momentum_buffer"] = buffer
+        for parameter, before, buffer in zip(parameters, kept, buffers, strict=True):
+            if before is None:
+                assert buffer is not None
+                state[parameter]["momentum_buffer"] = like(parameter, buffer)
 
 
 def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: float, nesterov: bool) -> None:
@@ -130,7 +141,7 @@ def decoupled_(parameter: Tensor, update: Tensor, scales: Tensor, lr: float, wei
 
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
-    return parameter.grad
+    return local(parameter.grad)
 
 
 def _mean_squares(rows: Tensor) -> Tensor:

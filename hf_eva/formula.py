@@ -6,6 +6,10 @@ argument. Gradients are matrices `(n, d_out, d_in)`. Vectors: `a` of shape `(n, 
 `(n, d_out)` the output gradient. A bias is one more column of the gradient, whose input is the constant 1; it is kept
 as a separate `(n, d_out)` tensor so that nothing of a weight's size is allocated.
 
+Gradients may be in parts over processes, as their [`Part`] says. Then `d_out` or `d_in` is the size of the part of
+whatever is computed from them, while vectors and bases that are given are whole; functions that need sums over all
+parts are routines, see [`shards`].
+
 Source of the published forms: Zhang, Shi and Li, "Eva: Practical Second-order Optimization with Kronecker-vectorized
 Approximation", ICLR 2023 (arXiv 2308.02123).
 """
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .base import BLOCK
+from .shards import WHOLE, Axis, Part, Routine, whole_axis
 
 ITERATIONS = 2  # on the first gradient; a random first guess would take some twenty steps to find its subspaces
 LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
@@ -56,14 +61,20 @@ class Correction(NamedTuple):
         """`⟨P, G⟩` of every row, from the rows' `‖G‖²`; both `(n, d_out)`."""
         return squares + (self.columns * self.images).sum(2)
 
-    def squares(self, squares: Tensor) -> Tensor:
-        """`‖P‖²` of every row, from the rows' `‖G‖²`; both `(n, d_out)`."""
-        half = self.images + self.columns.bmm(self.rows.bmm(self.rows.mT)) / 2
+    def grams(self) -> Tensor:
+        """Inner products of the rows with each other, `(n, k, k)`."""
+        return self.rows.bmm(self.rows.mT)
+
+    def squares(self, squares: Tensor, grams: Tensor) -> Tensor:
+        """`‖P‖²` of every row, from the rows' `‖G‖²`, both `(n, d_out)`, and from [`grams`]."""
+        half = self.images + self.columns.bmm(grams) / 2
         # What remains of a row that is removed almost entirely is rounding.
         return torch.maximum(squares + 2 * (self.columns * half).sum(2), squares * _eps(squares))
 
 
-def eva(grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool) -> Correction:
+def eva(
+    grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool, part: Part = WHOLE
+) -> Routine[Correction]:
     """
     Eva: `P = G − gᵀGa / (γ + ‖a‖²‖g‖²) · g aᵀ`, which is γ times the solution of `(v vᵀ + γI) X = G`, `v = g ⊗ a`.
 
@@ -71,26 +82,31 @@ def eva(grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: flo
     where the damping is absolute, and left out where it is relative, so that the scale of `P` is that of `G` whatever
     the loss is multiplied by.
     """
-    a_norm, image = _dot(a, a), _apply(grads, a)
+    a_norm, (image,) = _dot(a, a), (yield from part.columns.sum(_apply(grads, part.columns.take(a))))
     if biases is not None:
         a_norm, image = a_norm + 1, image + biases
-    coefficient = _dot(g, image) / _damped(a_norm * _dot(g, g), damping, relative)
-    return _rank_one(-g * coefficient.unsqueeze(1), a, image)
+    (inner,) = yield from part.rows.sum(_dot(part.rows.take(g), image))
+    coefficient = inner / _damped(a_norm * _dot(g, g), damping, relative)
+    return _rank_one(-part.rows.take(g) * coefficient.unsqueeze(1), part.columns.take(a), image)
 
 
-def eva_f(grads: Tensor, biases: Tensor | None, a: Tensor, damping: float, relative: bool) -> Correction:
+def eva_f(
+    grads: Tensor, biases: Tensor | None, a: Tensor, damping: float, relative: bool, part: Part = WHOLE
+) -> Routine[Correction]:
     """
     Eva-f, FOOF with vectors: `P = G − (Ga) aᵀ / (γ + ‖a‖²)`, which is γ times the solution of `X (a aᵀ + γI) = G`.
 
     `relative` and the factor 1/γ are as in [`eva`], with `γ = damping · ‖a‖²`.
     """
-    a_norm, image = _dot(a, a), _apply(grads, a)
+    a_norm, (image,) = _dot(a, a), (yield from part.columns.sum(_apply(grads, part.columns.take(a))))
     if biases is not None:
         a_norm, image = a_norm + 1, image + biases
-    return _rank_one(-image / _damped(a_norm, damping, relative).unsqueeze(1), a, image)
+    return _rank_one(-image / _damped(a_norm, damping, relative).unsqueeze(1), part.columns.take(a), image)
 
 
-def eva_s(grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bool) -> Correction:
+def eva_s(
+    grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bool, part: Part = WHOLE
+) -> Routine[Correction]:
     """
     Eva-s, Shampoo with vectors: `P = G − ⟨G,V⟩ / (γ + ∏‖v_i‖²) · V` with `V = v_1 ∘ … ∘ v_k`, for gradients of any
     order k ≥ 2 as matrices `(n, d_1, d_2 ⋯ d_k)`. `relative` is as in [`eva`]; that `P` gets the norm of `G` is left
@@ -99,9 +115,10 @@ def eva_s(grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bo
     first, last = vectors[0], vectors[1]
     for vector in vectors[2:]:
         last = (last.unsqueeze(2) * vector.unsqueeze(1)).flatten(1)
-    image = _apply(grads, last)
-    coefficient = _dot(first, image) / _damped(_dot(first, first) * _dot(last, last), damping, relative)
-    return _rank_one(-first * coefficient.unsqueeze(1), last, image)
+    (image,) = yield from part.columns.sum(_apply(grads, part.columns.take(last)))
+    (inner,) = yield from part.rows.sum(_dot(part.rows.take(first), image))
+    coefficient = inner / _damped(_dot(first, first) * _dot(last, last), damping, relative)
+    return _rank_one(-part.rows.take(first) * coefficient.unsqueeze(1), part.columns.take(last), image)
 
 
 def _damped(curvature: Tensor, damping: float, relative: bool) -> Tensor:
@@ -112,15 +129,27 @@ def _rank_one(column: Tensor, row: Tensor, image: Tensor) -> Correction:
     return Correction(column.unsqueeze(2), row.unsqueeze(1), image.unsqueeze(2))
 
 
-def axis_means(grads: Tensor) -> list[Tensor]:
-    """Eva-s's vectors: for each axis of gradients `(n, d_1, …, d_k)`, its mean over all other axes, `(n, d_i)`."""
+def axis_means(grads: Tensor, parts: Sequence[Axis] | None = None) -> Routine[Sequence[Tensor]]:
+    """
+    Eva-s's vectors: for each axis of gradients `(n, d_1, …, d_k)`, its mean over all other axes, `(n, d_i)`. Of these
+    axes processes may have `parts`; the vectors are whole.
+    """
     axes = range(1, grads.ndim)
-    return [grads.mean(dim=[j for j in axes if j != i]) for i in axes]
+    parts = [whole_axis(grads.shape[i]) for i in axes] if parts is None else parts
+    numel = math.prod(part.whole for part in parts)
+    sums: Sequence[Tensor] = [
+        part.spread(grads.sum([j for j in axes if j != i]) / (numel // part.whole))
+        for i, part in zip(axes, parts, strict=True)
+    ]
+    for part in parts:
+        sums = yield from part.sum(*sums)
+    return sums
 
 
-def restore_norms_(directions: Tensor, squares: Tensor) -> Tensor:
+def restore_norms_(directions: Tensor, squares: Tensor, part: Part = WHOLE) -> Routine[Tensor]:
     """Bring each direction to the norm whose square is given; returns the factors, of shape `(n,)`."""
-    ratios = squares.sqrt() / squared_norms(directions).sqrt().clamp_min(_TINY)
+    (after,) = yield from part.sum(squared_norms(directions))
+    ratios = squares.sqrt() / after.sqrt().clamp_min(_TINY)
     directions.mul_(_over(ratios, directions))
     return ratios
 
@@ -136,8 +165,7 @@ def kl_factor(inner: Sequence[Tensor], lrs: Sequence[float], kl_clip: float) -> 
 
 def rescale_factor(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """The factor that restores the joint norm of all tensors, from the norms of each before and after."""
-    total = _norm(torch.stack(list(before)))
-    return total / _norm(torch.stack(list(after))).clamp_min(_TINY)
+    return _norm(torch.cat(list(before))) / _norm(torch.cat(list(after))).clamp_min(_TINY)
 
 
 def factor_levels(bases: Tensor, traces: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +193,8 @@ def factored(
     input: tuple[Tensor, Tensor, Tensor] | None,
     exponent: float,
     corrections: Tensor | None,
-) -> Correction:
+    part: Part = WHOLE,
+) -> Routine[Correction]:
     """
     `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out, but not both.
 
@@ -174,28 +203,30 @@ def factored(
     `p = exponent · (1 − ½ min(1, ‖uᵀĜ‖ / sqrt(ℓ)))`. Where they agree, `ℓ` is the square of what is to be followed,
     and both sides to the power ½ would turn it upside down.
     """
-    columns, rows, images = [], [], []
-    if input is not None:
-        basis, values, levels = input
-        image = grads.bmm(basis)
-        f = _power(levels, exponent, column_norms(image), values, corrections)
-        columns.append(image * f.unsqueeze(1))
-        rows.append(basis.mT)
-        images.append(image)
-    if output is not None:
-        basis, values, levels = output
-        row = basis.mT.bmm(grads)
-        f = _power(levels, exponent, _norm(row, dim=2), values, corrections)
-        if input is not None:
-            row.baddbmm_(basis.mT.bmm(columns[0]), rows[0])
-        columns.append(basis * f.unsqueeze(1))
-        rows.append(row)
-        images.append(grads.bmm(row.mT))
-    return Correction(torch.cat(columns, 2), torch.cat(rows, 1), torch.cat(images, 2))
+    d_out, d_in = grads.shape[1:]
+    outer, *of_output = (part.rows.take(output[0]), *output[1:]) if output else _no_factor(grads, d_out)
+    inner, *of_input = (part.columns.take(input[0]), *input[1:]) if input else _no_factor(grads, d_in)
+    (image,) = yield from part.columns.sum(grads.bmm(inner))
+    products = image.square().sum(1), outer.mT.bmm(image), outer.mT.bmm(grads)
+    squares, cross, row = yield from part.rows.sum(*products)
+    (row_squares,) = yield from part.columns.sum(row.square().sum(2))
+    inner_f, outer_f = (
+        _power(levels, exponent, lengths.sqrt(), values, corrections).unsqueeze(1)
+        for (values, levels), lengths in ((of_input, squares), (of_output, row_squares))
+    )
+    row.baddbmm_(cross * inner_f, inner.mT)
+    (row_image,) = yield from part.columns.sum(grads.bmm(row.mT))
+    columns = torch.cat([image * inner_f, outer * outer_f], 2)
+    return Correction(columns, torch.cat([inner.mT, row], 1), torch.cat([image, row_image], 2))
+
+
+def _no_factor(grads: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = grads.new_zeros(len(grads), 0)
+    return grads.new_zeros(len(grads), size, 0), nothing, nothing
 
 
 def _power(levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, corrections: Tensor | None) -> Tensor:
-    """`level^(−p) − 1`, see [`factored_`]."""
+    """`level^(−p) − 1`, see [`factored`]."""
     if corrections is None:
         return levels.pow(-exponent) - 1
     agreement = (lengths / (corrections.unsqueeze(1) * values.sqrt()).clamp_min(_TINY)).clamp_max(1.0)
@@ -210,14 +241,20 @@ class Images(NamedTuple):
     outer: Tensor
 
 
-def subspace_images(grads: Tensor, output: Tensor, input: Tensor) -> Images:
-    """All that is known of `G` through both bases, in three reads of it."""
-    left = torch.cat([grads.bmm(input), output], 2)
-    right = left.mT.bmm(grads).mT  # in this order, G is read along its rows
-    return Images(left, right, grads.bmm(right[:, :, input.shape[2] :]))
+def subspace_images(grads: Tensor, output: Tensor, input: Tensor, part: Part = WHOLE) -> Routine[Images]:
+    """All that is known of `G` through both bases, whole, in three reads of it."""
+    (image,) = yield from part.columns.sum(grads.bmm(part.columns.take(input)))
+    left = torch.cat([image, part.rows.take(output)], 2)
+    (right,) = yield from part.rows.sum(left.mT.bmm(grads).mT)  # in this order, G is read along its rows
+    outer = grads.bmm(right[:, :, input.shape[2] :])
+    outer, right = yield from part.columns.sum(outer, part.columns.spread(right))
+    left, outer = yield from part.rows.sum(part.rows.spread(left), part.rows.spread(outer))
+    return Images(left, right, outer)
 
 
-def subspace_step(grads: Tensor, output: Tensor, input: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def subspace_step(
+    grads: Tensor, output: Tensor, input: Tensor, weights: Tensor, part: Part = WHOLE
+) -> Routine[tuple[Tensor, Tensor]]:
     """
     Follow the leading eigenvectors of the running averages of `G Gᵀ` and `Gᵀ G`, by one more gradient.
 
@@ -228,7 +265,7 @@ def subspace_step(grads: Tensor, output: Tensor, input: Tensor, weights: Tensor)
     """
     norms = column_norms(output), column_norms(input)
     inner, rank = unit_columns(input, norms[1]), norms[1].shape[1]
-    left, right, outer_image = subspace_images(grads, unit_columns(output, norms[0]), inner)
+    left, right, outer_image = yield from subspace_images(grads, unit_columns(output, norms[0]), inner, part)
     new_output = _ritz_step(norms[0], left, right, weights)
     columns, images = torch.cat([right[:, :, rank:], inner], 2), torch.cat([outer_image, left[:, :, :rank]], 2)
     new_input = _ritz_step(norms[1], columns, images, weights)
@@ -276,11 +313,13 @@ def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
     return (basis / _norm(basis, dim=0)).to(like.device, like.dtype)
 
 
-def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def find_bases(
+    grads: Tensor, output: Tensor, input: Tensor, valid: Tensor, part: Part = WHOLE
+) -> Routine[tuple[Tensor, Tensor]]:
     """Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, for the layers that are `valid`."""
     valid = _over(valid, output)
     for _ in range(ITERATIONS):
-        _, right, outer_image = subspace_images(grads, output, input)
+        _, right, outer_image = yield from subspace_images(grads, output, input, part)
         images = outer_image, right[:, :, : input.shape[2]]
         output, input = (
             torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis).contiguous()  # as bases that are read
@@ -346,7 +385,7 @@ def row_scales(
 
 def squared_norms(stack: Tensor) -> Tensor:
     """`‖·‖²` of each tensor of a contiguous stack, of shape `(n,)`."""
-    rows = stack.view(len(stack), -1, stack.shape[-1])
+    rows = stack.view(len(stack), math.prod(stack.shape[1:-1]), stack.shape[-1])
     return _norm(rows, dim=2).square().sum(1)
 
 
@@ -355,7 +394,7 @@ def squared_row_norms(matrices: Tensor) -> Tensor:
     if matrices.stride(-1) == 1:
         return _norm(matrices, dim=2).square()
     # Along an axis that is not the last one, a norm is slow and a sum is not; in parts, for the memory's sake.
-    parts = matrices.mT.split(max(1, BLOCK // (len(matrices) * matrices.shape[1])), dim=1)
+    parts = matrices.mT.split(max(1, BLOCK // max(1, len(matrices) * matrices.shape[1])), dim=1)
     return torch.stack([part.square().sum(1) for part in parts]).sum(0)
 
 

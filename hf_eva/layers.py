@@ -23,7 +23,7 @@ class LayerKind:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this kind describes the module. Exact classes only: a subclass may compute something else."""
-        return type(module) is nn.Linear
+        return _class(module) is nn.Linear
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Why a matching module cannot be preconditioned, or `None`."""
@@ -72,7 +72,8 @@ class Conv1DKind(LayerKind):
 
     def matches(self, module: nn.Module) -> bool:
         # Named, not imported: the optimizer must work where transformers is not installed.
-        return (type(module).__module__, type(module).__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+        known = _class(module)
+        return (known.__module__, known.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         columns, rows = _weight(module).shape
@@ -91,7 +92,7 @@ class Conv2dKind(LayerKind):
     name = "Conv2d"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module) is nn.Conv2d
+        return _class(module) is nn.Conv2d
 
     def unsupported(self, module: nn.Module) -> str | None:
         assert isinstance(module, nn.Conv2d)
@@ -173,6 +174,12 @@ class Layer:
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The precision of statistics, momentum and directions: that of the tensor, but never lower than float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _class(module: nn.Module) -> type:
+    """A module's class, which `fully_shard` replaces by a mixture of FSDP's and its own."""
+    kind = type(module)
+    return kind.__bases__[1] if kind.__bases__[0].__name__ == "FSDPModule" else kind
 
 
 def _weight(module: nn.Module) -> Tensor:

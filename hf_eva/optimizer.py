@@ -17,6 +17,7 @@ from .config import EvaConfig
 from .diagnostics import LastStep, correction_sums, row_sums
 from .layers import Layer, working_dtype
 from .selection import Plan, embeddings_of, statistics_shapes
+from .shards import Routine, local, refusal, together
 from .stacks import Scratch, Stack, stacks_of
 
 logger = logging.getLogger(__name__)
@@ -193,11 +194,15 @@ class Eva(torch.optim.Optimizer):
             gradient = layer.weight.grad
             if gradient is None:
                 continue
-            if gradient.is_sparse or hasattr(gradient, "device_mesh"):
-                kind = "sparse" if gradient.is_sparse else "sharded"
+            if gradient.is_sparse:
                 raise RuntimeError(
-                    f"Layer {layer.name!r} has a {kind} gradient, which Eva cannot precondition: exclude the layer "
-                    "from the plan, or train with dense gradients on every process, as under DDP."
+                    f"Layer {layer.name!r} has a sparse gradient, which Eva cannot precondition: exclude the layer "
+                    "from the plan, or train with dense gradients."
+                )
+            if reason := refusal(layer.weight, gradient):
+                raise RuntimeError(
+                    f"Layer {layer.name!r} is distributed in a way that Eva does not know ({reason}): shard each axis "
+                    "of the weight at most once, as `fully_shard` does by itself, or exclude the layer from the plan."
                 )
             if statistics is None or self._was_called(index, layer, statistics[index]):
                 has_bias = self.config.includes_bias and layer.bias is not None and layer.bias.grad is not None
@@ -213,57 +218,57 @@ class Eva(torch.optim.Optimizer):
 
     def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
-        config = self.config
-        for stack in stacks:
-            gradients = stack.gradients(self._scratch)
-            seen = self._observe(stack, gradients, statistics)
-            base.momentum_(
-                gradients.unbind(), [self._momentum(n) for n in stack.layers], config.momentum, config.nesterov
-            )
-            scales = self._precondition_and_scale_(stack, gradients, seen)
-            for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
-                rows = layer.kind.rows(scale, update.ndim)
-                base.decoupled_(layer.weight, update, rows, stack.group["lr"], stack.group["weight_decay"])
+        together(self._adamw_stack(stack, statistics) for stack in stacks)
         planned = {id(layer.weight) for stack in stacks for layer in stack.layers}
+        by_rows = {id(module.weight) for module in self._embeddings}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
-            embeddings = [parameter for parameter in others if id(parameter) in self._embeddings]
+            embeddings = [parameter for parameter in others if id(parameter) in by_rows]
             base.row_adamw_(embeddings, self.state, group, EMBEDDING_FACTOR)
             if len(embeddings) < len(others):
-                base.adamw_([p for p in others if id(p) not in self._embeddings], self.state, group)
+                base.adamw_([p for p in others if id(p) not in by_rows], self.state, group)
 
-    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: _Seen) -> Tensor:
+    def _adamw_stack(self, stack: Stack, statistics: Sequence[Statistics] | None) -> Routine[None]:
+        config = self.config
+        gradients = stack.gradients(self._scratch)
+        seen = yield from self._observe(stack, gradients, statistics)
+        momenta = [local(self._momentum(layer)) for layer in stack.layers]
+        base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov)
+        scales = yield from self._precondition_and_scale_(stack, gradients, seen)
+        for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
+            rows = layer.kind.rows(scale, update.ndim)
+            base.decoupled_(local(layer.weight), update, rows, stack.group["lr"], stack.group["weight_decay"])
+
+    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: _Seen) -> Routine[Tensor]:
         """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
-        matrices = stack.kind.matrices(momenta)
+        matrices, (of_rows, of_columns) = stack.kind.matrices(momenta), stack.part
         # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
         steps = seen.updates + self.config.nesterov
         starts = -torch.expm1(steps * math.log(max(self.config.momentum, _LEAST_MOMENTUM)))
-        correction = self._correction(stack, matrices, None, seen, starts)
-        row_squares = formula.squared_row_norms(matrices)
-        squares, products = correction.squares(row_squares), correction.products(row_squares)
+        correction = yield from self._correction(stack, matrices, None, seen, starts)
+        weights = torch.stack(torch._foreach_norm([local(layer.weight) for layer in stack.layers])).to(momenta.dtype)
+        row_squares, weights, grams = yield from of_columns.sum(
+            formula.squared_row_norms(matrices), weights.square(), correction.grams()
+        )
+        squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
         correction.apply_(matrices)
+        squares, products, row_squares, weights = yield from of_rows.sum(
+            *map(of_rows.spread, (squares, products, row_squares)), weights
+        )
         shares = self._average(stack, "eva_rows", formula.row_shares(squares), seen.weights)
-        norms, numel = row_squares.sum(1).sqrt(), matrices[0].numel()
-        weight_norms = torch.stack(torch._foreach_norm([layer.weight for layer in stack.layers])).to(norms.dtype)
-        largest = formula.largest_sizes(weight_norms, numel, stack.group["lr"])
+        norms, numel = row_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
+        largest = formula.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
         scales = formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
         self._last.keep(stack, row_sums, row_squares, products, squares, scales)
-        return scales
+        return of_rows.take(scales)
 
     def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
         config = self.config
-        updates: list[Tensor] = []
-        inner: list[Tensor] = []
-        before: list[Tensor] = []
-        for stack in stacks:
-            gradients, biases = stack.gradients(self._scratch), stack.bias_gradients()
-            seen = self._observe(stack, gradients, statistics)
-            if config.kl_mode == "rescale":
-                before += torch._foreach_norm([gradients, *([] if biases is None else [biases])])
-            inner.append(self._precondition_(stack, gradients, biases, seen))
-            updates += stack.write_gradients(gradients, biases)
-        factor = self._last.factor = self._size_factor(stacks, inner, before, updates)
+        done = together(self._sgd_stack(stack, statistics) for stack in stacks)
+        updates = [update for stack_updates, _, _ in done for update in stack_updates]
+        norms = [norms for _, _, norms in done if norms]
+        factor = self._last.factor = self._size_factor(stacks, [inner for _, inner, _ in done], norms)
         if updates and factor is not None:
             torch._foreach_mul_(updates, factor)
         for group in self.param_groups:
@@ -271,28 +276,37 @@ class Eva(torch.optim.Optimizer):
             if present:
                 base.sgd_(present, self.state, group, config.momentum, config.nesterov)
 
+    def _sgd_stack(
+        self, stack: Stack, statistics: Sequence[Statistics] | None
+    ) -> Routine[tuple[list[Tensor], Tensor, tuple[Tensor, Tensor] | None]]:
+        """The gradients that hold the directions, `⟨P, G⟩` per layer, and where they are wanted `‖G‖` and `‖P‖`."""
+        gradients, biases = stack.gradients(self._scratch), (yield from stack.bias_gradients())
+        seen = yield from self._observe(stack, gradients, statistics)
+        inner, norms = yield from self._precondition_(stack, gradients, biases, seen)
+        return stack.write_gradients(gradients, biases), inner, norms
+
     def _size_factor(
-        self, stacks: Sequence[Stack], inner: Sequence[Tensor], before: Sequence[Tensor], updates: Sequence[Tensor]
+        self, stacks: Sequence[Stack], inner: Sequence[Tensor], norms: Sequence[tuple[Tensor, Tensor]]
     ) -> Tensor | float | None:
-        """What all directions together are multiplied with, see [`formula.eva_`] for the share of the damping."""
+        """What all directions together are multiplied with, see [`formula.eva`] for the share of the damping."""
         config = self.config
-        if config.kl_mode == "rescale" and updates:
-            return formula.rescale_factor(before, torch._foreach_norm(list(updates)))
+        if config.kl_mode == "rescale" and stacks:
+            return formula.rescale_factor(*zip(*norms, strict=True))
         scale = 1 / config.damping if config.divides_by_damping else 1.0
-        if config.kl_mode == "clip" and updates:
+        if config.kl_mode == "clip" and stacks:
             return scale * formula.kl_factor(
                 [values * scale for values in inner], [stack.group["lr"] for stack in stacks], config.kl_clip
             )
         return scale if config.divides_by_damping else None
 
-    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> _Seen:
+    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> Routine[_Seen]:
         """Bring the running averages up to date."""
         for layer in stack.layers:
             self._create_state(layer)
-        squares = formula.squared_norms(gradients)
+        (squares,) = yield from stack.part.sum(formula.squared_norms(gradients))
         valid = (squares > 0) & squares.isfinite()
         if statistics is None:
-            return self._observe_gradients(stack, gradients, squares, valid)
+            return (yield from self._observe_gradients(stack, gradients, squares, valid))
         return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
 
     def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor) -> _Seen:
@@ -315,18 +329,20 @@ class Eva(torch.optim.Optimizer):
         seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
         return seen
 
-    def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> _Seen:
+    def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Routine[_Seen]:
         """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
         seen = self._count(stack, squares, valid)
         if self.config.curvature == "joint":
-            means = enumerate(formula.axis_means(gradients))
-            seen.vectors = [self._average(stack, f"eva_v{axis}", mean, seen.weights) for axis, mean in means]
+            means = yield from formula.axis_means(gradients, stack.axes)
+            named = {f"eva_v{axis}": mean for axis, mean in enumerate(means)}
+            seen.vectors = [self._average(stack, key, mean, seen.weights) for key, mean in named.items()]
             return seen
         matrices = stack.kind.matrices(gradients)
         output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
         if self._steps <= SEARCH_STEPS:
-            output, input = formula.find_bases(matrices, output, input, valid & (seen.updates == 1))
-        output, input = formula.subspace_step(matrices, output, input, seen.weights)
+            first = valid & (seen.updates == 1)
+            output, input = yield from formula.find_bases(matrices, output, input, first, stack.part)
+        output, input = yield from formula.subspace_step(matrices, output, input, seen.weights, stack.part)
         for key, bases in (("eva_g", output), ("eva_a", input)):
             stack.write(self.state, key, bases)
             seen.factors[key] = self._factors(bases, seen.squares)
@@ -335,35 +351,43 @@ class Eva(torch.optim.Optimizer):
     def _factors(self, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return formula.factor_levels(bases, traces, self.config.damping, self.config.damping_mode == "relative")
 
-    def _precondition_(self, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: _Seen) -> Tensor:
-        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer."""
-        matrices = stack.kind.matrices(gradients)
+    def _precondition_(
+        self, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: _Seen
+    ) -> Routine[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer and, to rescale, `‖G‖` and `‖P‖`."""
+        matrices, rescales = stack.kind.matrices(gradients), self.config.kl_mode == "rescale"
+        before = (yield from stack.norms(gradients, biases)) if rescales else None
         squares = formula.squared_norms(gradients)
-        correction = self._correction(stack, matrices, biases, seen, None)
+        correction = yield from self._correction(stack, matrices, biases, seen, None)
+        (squares,) = yield from stack.part.columns.sum(squares)
         whole = squares if biases is None else squares + formula.squared_norms(biases)
         inner = whole + (correction.columns * correction.images).sum((1, 2))
+        inner, squares = yield from stack.part.rows.sum(inner, squares)
         correction.apply_(matrices, biases)
         keeps_norms = self.config.variant == "eva_s" and self.config.curvature == "joint"
-        self._last.keep(stack, correction_sums, correction, whole, biases is not None, keeps_norms)
-        return inner * formula.restore_norms_(gradients, squares) if keeps_norms else inner
+        if stack.is_whole:  # of parts, these sums would have to be sent in every step
+            self._last.keep(stack, correction_sums, correction, whole, biases is not None, keeps_norms)
+        if keeps_norms:
+            inner = inner * (yield from formula.restore_norms_(gradients, squares, stack.part))
+        return inner, None if before is None else (before, (yield from stack.norms(gradients, biases)))
 
     def _correction(
         self, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: _Seen, starts: Tensor | None
-    ) -> formula.Correction:
+    ) -> Routine[formula.Correction]:
         """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
         config = self.config
         relative = config.damping_mode == "relative"
         if config.curvature == "factored":
             output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
             starts = starts if config.variant == "eva_s" else None
-            return formula.factored(matrices, output, input, config.exponent, starts)
+            return formula.factored(matrices, output, input, config.exponent, starts, stack.part)
         if config.variant == "eva_s":
             vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
-            return formula.eva_s(matrices, vectors, config.damping, relative)
+            return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)
         if config.variant == "eva_f":
-            return formula.eva_f(matrices, biases, seen.vectors[0], config.damping, relative)
+            return formula.eva_f(matrices, biases, seen.vectors[0], config.damping, relative, stack.part)
         a, g = seen.vectors
-        return formula.eva(matrices, biases, a, g, config.damping, relative)
+        return formula.eva(matrices, biases, a, g, config.damping, relative, stack.part)
 
     def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
         averages = formula.averaged(stack.read(self.state, key), values, weights)
@@ -393,7 +417,10 @@ class Eva(torch.optim.Optimizer):
     def _momentum(self, layer: Layer) -> Tensor:
         state = self.state[layer.weight]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = self._zeros(layer, layer.weight.shape)
+            weight = layer.weight
+            state["momentum_buffer"] = torch.zeros_like(
+                weight, dtype=working_dtype(weight), memory_format=torch.contiguous_format
+            )
         return state["momentum_buffer"]
 
     def _zeros(self, layer: Layer, shape: Sequence[int]) -> Tensor:
@@ -435,9 +462,9 @@ class Eva(torch.optim.Optimizer):
                 f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
             )
         super().load_state_dict(state_dict)
-        planned = {id(layer.weight) for layer in self.layers}
+        precise = {id(layer.weight) for layer in self.layers} | {id(module.weight) for module in self._embeddings}
         for parameter in parameters:
-            if id(parameter) in planned or id(parameter) in self._embeddings:
+            if id(parameter) in precise:
                 for key, value in saved[id(parameter)].items():
                     # torch casts floating state to the parameter's dtype, which would lose bits under bf16. It leaves
                     # the count of steps alone, which AdamW wants on the CPU.

@@ -116,7 +116,7 @@ def plan(
     outputs = set() if include is not None else _output_embeddings(model)
 
     layers, rows, counted = [], [], set[int]()
-    embeddings = embeddings_of(model, config)
+    embeddings = {id(module.weight) for module in embeddings_of(model, config)}
     for name, module in modules.items():
         owned = _owned(module)
         if not owned:
@@ -156,11 +156,11 @@ def plan(
     return Plan(model, tuple(layers), tuple(rows))
 
 
-def embeddings_of(model: nn.Module, config: EvaConfig) -> set[int]:
-    """The weights, by id, that keep one second moment per row, see [`base.row_adamw_`]; none where Eva is off."""
+def embeddings_of(model: nn.Module, config: EvaConfig) -> list[nn.Embedding]:
+    """The modules whose weight keeps one second moment per row, see [`base.row_adamw_`]; none where Eva is off."""
     if config.base != "adamw" or config.variant == "none":
-        return set()
-    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        return []
+    return [module for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, ...]]:

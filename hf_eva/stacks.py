@@ -6,12 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layers import Layer, LayerKind, working_dtype
+from .shards import Axis, Part, Routine, axes_of, local, whole_axis
 
 # Weights in a stack, at most, by device: on a CPU a stack and its momentum should stay in the caches, on other devices
 # a stack should fill the machine. A layer that is larger is a stack by itself.
@@ -34,43 +36,80 @@ class Stack:
     def kind(self) -> LayerKind:
         return self.layers[0].kind
 
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """What this process holds of each axis of the weights as they are stored."""
+        return axes_of(self.layers[0].weight)
+
+    @cached_property
+    def bias_axis(self) -> Axis:
+        bias = self.layers[0].bias
+        assert bias is not None
+        return axes_of(bias)[0]
+
+    @cached_property
+    def part(self) -> Part:
+        """What this process holds of the matrices."""
+        first, second = self.axes[:2]
+        return Part(second, first) if self.kind.is_transposed else Part(first, second)
+
+    @property
+    def is_whole(self) -> bool:
+        return all(axis.mesh is None for axis in self.axes)
+
     def gradients(self, scratch: Scratch) -> Tensor:
         """
-        The gradients as `(n, *weight.shape)` in working precision: a view of the gradient of a single layer where it
-        can be one, otherwise a copy in `scratch`, valid until the next.
+        The parts of gradients `(n, *weight.shape)` that this process holds, in working precision: a view of the
+        gradient of a single layer where it can be one, otherwise a copy in `scratch`, valid until the next. Of layers
+        that have to wait for other processes, it is a copy of their own.
         """
-        gradients = [layer.weight.grad for layer in self.layers if layer.weight.grad is not None]
+        gradients = [local(layer.weight.grad) for layer in self.layers if layer.weight.grad is not None]
         first, dtype = gradients[0], working_dtype(gradients[0])
         # A convolution in channels-last memory is not contiguous. Its gradient has to stay as it is: fused rules take
         # for granted that it lies in memory as the weight does.
         if len(gradients) == 1 and first.dtype == dtype and first.is_contiguous():
             return first.unsqueeze(0)
+        scratch = scratch if self.is_whole else Scratch()
         stack = scratch.take((len(gradients), *first.shape), dtype, first.device)
         if first.dtype == dtype:
             return torch.stack(gradients, out=stack)
         torch._foreach_copy_(list(stack.unbind()), gradients)
         return stack
 
-    def bias_gradients(self) -> Tensor | None:
-        """A copy `(n, d_out)` of the gradients of preconditioned biases in working precision; `None` without them."""
+    def bias_gradients(self) -> Routine[Tensor | None]:
+        """
+        A copy `(n, d_out)` of the gradients of preconditioned biases in working precision, of the rows that this
+        process holds of the matrices; `None` without them.
+        """
         if not self.has_bias:
             return None
         biases = [layer.bias.grad for layer in self.layers if layer.bias is not None]
-        stack = torch.stack([gradient for gradient in biases if gradient is not None])
-        return stack.to(working_dtype(stack))
+        stack = torch.stack([local(gradient) for gradient in biases if gradient is not None])
+        stack = stack.to(working_dtype(stack))
+        if self.bias_axis != self.part.rows:  # one has columns of the weight and entries of the bias
+            (stack,) = yield from self.bias_axis.sum(self.bias_axis.spread(stack))
+        return stack
 
     def write_gradients(self, gradients: Tensor, biases: Tensor | None) -> list[Tensor]:
-        """The way back, for rules that read `.grad`; returns all these `.grad`."""
+        """The way back, for rules that read `.grad`; returns all these `.grad`, or their parts."""
         parameters = [layer.weight for layer in self.layers]
         values = list(gradients.unbind())
         if biases is not None:
             parameters += [layer.bias for layer in self.layers if layer.bias is not None]
-            values += biases.unbind()
-        targets = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            values += (biases if self.bias_axis == self.part.rows else self.bias_axis.take(biases)).unbind()
+        targets = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         for target, value in zip(targets, values, strict=True):
             if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
         return targets
+
+    def norms(self, gradients: Tensor, biases: Tensor | None) -> Routine[Tensor]:
+        """Norms of all gradients, `(n,)`, or with biases `(2 n,)`."""
+        of_weights = yield from self.part.norms(torch.linalg.vector_norm(gradients.flatten(1), dim=1))
+        if biases is None:
+            return of_weights
+        of_rows = Part(self.part.rows, whole_axis(1))
+        return torch.cat([of_weights, (yield from of_rows.norms(torch.linalg.vector_norm(biases, dim=1)))])
 
     def read(self, state: State, key: str) -> Tensor:
         """One statistic of all layers, `(n, *shape)`."""
@@ -104,11 +143,12 @@ def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]]) -> list
     alike = defaultdict(list)
     for index, layer, group, has_bias in layers:
         weight = layer.weight
-        key = (layer.kind.name, weight.shape, weight.dtype, weight.device, id(group), has_bias)
+        key = (layer.kind.name, axes_of(weight), weight.dtype, weight.device, id(group), has_bias)
         alike[key].append((index, layer, group, has_bias))
     stacks = []
-    for (_, shape, _, device, _, has_bias), members in alike.items():
-        most = max(1, MOST_WEIGHTS.get(device.type, MOST_WEIGHTS_ELSEWHERE) // max(1, math.prod(shape)))
+    for (_, axes, _, device, _, has_bias), members in alike.items():
+        size = max(1, math.prod(axis.size for axis in axes))
+        most = max(1, MOST_WEIGHTS.get(device.type, MOST_WEIGHTS_ELSEWHERE) // size)
         for start in range(0, len(members), most):
             part = members[start : start + most]
             stacks.append(Stack(tuple(m[1] for m in part), tuple(m[0] for m in part), part[0][2], has_bias))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_eva import formula
+from hf_eva.shards import together
 
 few = settings(max_examples=20, deadline=None)
 dimension = st.integers(1, 9)
@@ -20,6 +21,10 @@ seed = st.integers(0, 2**16)
 def draw(seed, *shapes):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def result(routine):
+    return together([routine])[0]
 
 
 def stacked(*tensors):
@@ -33,7 +38,9 @@ def check(correction, G, expected, factor=1.0):
     assert_near([P[0]], [factor * expected], 1e-8 * max(1.0, expected.abs().max().item()))
     squares = G.square().sum(2)
     torch.testing.assert_close(correction.products(squares), (P * G).sum(2), rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(correction.squares(squares), P.square().sum(2), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        correction.squares(squares, correction.grams()), P.square().sum(2), rtol=1e-8, atol=1e-8
+    )
 
 
 @few
@@ -43,10 +50,10 @@ def test_eva_and_eva_f(d_out, d_in, damping, seed, relative, variant):
     curvature = a.square().sum() * (g.square().sum() if variant == "eva" else 1.0)
     gamma = damping * curvature.item() if relative else damping
     if variant == "eva":
-        correction = formula.eva(G.unsqueeze(0), None, *stacked(a, g), damping, relative)
+        correction = result(formula.eva(G.unsqueeze(0), None, *stacked(a, g), damping, relative))
         expected = reference.eva(G, a, g, gamma)
     else:
-        correction = formula.eva_f(G.unsqueeze(0), None, a.unsqueeze(0), damping, relative)
+        correction = result(formula.eva_f(G.unsqueeze(0), None, a.unsqueeze(0), damping, relative))
         expected = reference.eva_f(G, a, gamma)
     check(correction, G.unsqueeze(0), expected, gamma)
 
@@ -59,9 +66,9 @@ def test_a_bias_is_a_column(d_out, d_in, damping, seed, relative, variant):
     vectors = (a, g) if variant == "eva" else (a,)
     function = getattr(formula, variant)
     expected = G.clone()
-    function(G, None, *vectors, damping, relative).apply_(expected)
+    result(function(G, None, *vectors, damping, relative)).apply_(expected)
     P, biases = G[:, :, :-1].clone(), G[:, :, -1].clone()
-    correction = function(P, biases, a[:, :-1], *vectors[1:], damping, relative)
+    correction = result(function(P, biases, a[:, :-1], *vectors[1:], damping, relative))
     products = correction.products(G.square().sum(2))
     correction.apply_(P, biases)
     assert_near([torch.cat([P, biases.unsqueeze(2)], 2)], [expected], 1e-12)
@@ -74,43 +81,45 @@ def test_eva_s_of_any_order(shape, damping, seed, relative):
     G, *vectors = draw(seed, shape, *((d,) for d in shape))
     curvature = math.prod(v.square().sum().item() for v in vectors)
     P = G.view(1, shape[0], -1).clone()
-    formula.eva_s(P, stacked(*vectors), damping, relative).apply_(P)
-    formula.restore_norms_(P, G.square().sum().unsqueeze(0))
+    result(formula.eva_s(P, stacked(*vectors), damping, relative)).apply_(P)
+    result(formula.restore_norms_(P, G.square().sum().unsqueeze(0)))
     expected = reference.eva_s(G, vectors, damping * curvature if relative else damping)
     assert_near([P.view(shape)], [expected], 1e-8 * max(1.0, expected.abs().max().item()))
-    means = formula.axis_means(G.unsqueeze(0))
+    means = result(formula.axis_means(G.unsqueeze(0)))
     assert_near([mean[0] for mean in means], reference.axis_means(G), 1e-14)
 
 
 def test_each_layer_of_a_stack_is_by_itself():
     G, a, g = draw(0, (3, 5, 4), (3, 4), (3, 5))
     U, V = draw(1, (3, 5, 2), (3, 4, 2))
-    together = [
-        formula.eva(G, None, a, g, 0.1, True),
-        formula.eva_f(G, None, a, 0.1, True),
-        formula.eva_s(G, [g, a], 0.1, True),
-        formula.factored(
-            G, *(formula.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5, None
+    many = [
+        result(formula.eva(G, None, a, g, 0.1, True)),
+        result(formula.eva_f(G, None, a, 0.1, True)),
+        result(formula.eva_s(G, [g, a], 0.1, True)),
+        result(
+            formula.factored(
+                G, *(formula.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5, None
+            )
         ),
     ]
     for i in range(3):
         one = slice(i, i + 1)
         factors = (formula.factor_levels(basis[one], a[one, 0].abs() * 9, 0.1, True) for basis in (U, V))
         alone = [
-            formula.eva(G[one], None, a[one], g[one], 0.1, True),
-            formula.eva_f(G[one], None, a[one], 0.1, True),
-            formula.eva_s(G[one], [g[one], a[one]], 0.1, True),
-            formula.factored(G[one], *factors, 0.5, None),
+            result(formula.eva(G[one], None, a[one], g[one], 0.1, True)),
+            result(formula.eva_f(G[one], None, a[one], 0.1, True)),
+            result(formula.eva_s(G[one], [g[one], a[one]], 0.1, True)),
+            result(formula.factored(G[one], *factors, 0.5, None)),
         ]
-        for many, single in zip(together, alone, strict=True):
-            assert_near([many.columns[one] @ many.rows[one]], [single.columns @ single.rows], 1e-13)
+        for all_three, single in zip(many, alone, strict=True):
+            assert_near([all_three.columns[one] @ all_three.rows[one]], [single.columns @ single.rows], 1e-13)
 
 
 def test_what_is_left_of_a_row_that_is_removed_is_positive():
     """In float32 the products of vectors cancel to less than nothing."""
     G = torch.ones(1, 2, 1000) * torch.tensor([1.0, 3.0]).view(1, 2, 1)
-    correction = formula.eva_f(G, None, torch.ones(1, 1000), 1e-12, True)
-    assert (correction.squares(G.square().sum(2)) > 0).all()
+    correction = result(formula.eva_f(G, None, torch.ones(1, 1000), 1e-12, True))
+    assert (correction.squares(G.square().sum(2), correction.grams()) > 0).all()
 
 
 @few
@@ -123,7 +132,7 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     trace = values.sum()
     factor = formula.factor_levels(*stacked(U * top, trace), damping, relative)
     found = torch.eye(d, dtype=torch.float64).unsqueeze(0)
-    formula.factored(found, factor, None, exponent, None).apply_(found)
+    result(formula.factored(found, factor, None, exponent, None)).apply_(found)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
@@ -140,7 +149,7 @@ def test_two_sides_multiply(d_out, d_in, seed, used, agree):
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
     wanted = [stacked(*values) if used in (side, "both") else None for side, values in sides.items()]
-    correction = formula.factored(G.unsqueeze(0), *wanted, 0.5, 0.5 * ones if agree else None)
+    correction = result(formula.factored(G.unsqueeze(0), *wanted, 0.5, 0.5 * ones if agree else None))
 
     def power(side, projection):
         basis, value, level = sides[side]
@@ -155,8 +164,8 @@ def test_first_bases_are_the_subspaces_of_the_first_gradient():
     U, V = (torch.linalg.qr(matrix)[0] for matrix in draw(0, (9, 3), (7, 3)))
     G = (U @ torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)) @ V.T).unsqueeze(0)
     guesses = stacked(formula.initial_basis(9, 3, G), formula.initial_basis(7, 3, G))
-    assert_equal(formula.find_bases(G * torch.nan, *guesses, torch.tensor([False])), guesses)
-    bases = formula.find_bases(G, *guesses, torch.tensor([True]))
+    assert_equal(result(formula.find_bases(G * torch.nan, *guesses, torch.tensor([False]))), guesses)
+    bases = result(formula.find_bases(G, *guesses, torch.tensor([True])))
     assert_near([basis[0] @ basis[0].T for basis in bases], [U @ U.T, V @ V.T], 1e-12)
 
 
@@ -168,7 +177,7 @@ def test_bases_solve_within_what_the_gradient_shows(d, rank, seed, decay):
     dense = [(torch.zeros(len(basis[0]), len(basis[0]), dtype=basis.dtype), basis[0]) for basis in bases]
     for step, G in enumerate(gradients):
         weight = decay if step else 1.0
-        bases = formula.subspace_step(G, *bases, torch.tensor([weight], dtype=torch.float64))
+        bases = result(formula.subspace_step(G, *bases, torch.tensor([weight], dtype=torch.float64)))
         seen = zip((G[0], G[0].T), dense, reversed(dense), strict=True)
         found = [reference.ritz_step(old, U, M @ other, M @ M.T, weight) for M, (old, U), (_, other) in seen]
         dense = [(F, U) for F, U, _ in found]
@@ -186,7 +195,7 @@ def test_bases_find_the_leading_eigenvectors():
     bases = stacked(formula.initial_basis(20, 3, G), formula.initial_basis(20, 3, G))
     for step in range(200):
         weight = torch.tensor([0.05 if step else 1.0], dtype=torch.float64)
-        bases = formula.subspace_step(G, *bases, weight)
+        bases = result(formula.subspace_step(G, *bases, weight))
     for basis, vectors in zip(bases, (left, right), strict=True):
         assert_near([formula.column_norms(basis)[0].sort(descending=True).values], [values[:3]], 0.01)
         U = formula.unit_columns(basis)[0]
@@ -203,7 +212,7 @@ def test_no_direction_is_counted_twice_where_there_are_few():
         G = mean + 0.3 * torch.randn(1, 2, 384, generator=generator)
         if step == 0:
             bases = formula.find_bases(G, *bases, torch.tensor([True]))
-        bases = formula.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0]))
+        bases = result(formula.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0])))
         trace = trace.lerp(G.square().sum(), weight)
         for basis in bases:
             assert formula.column_norms(basis).sum() <= 1.001 * trace
@@ -236,7 +245,7 @@ def test_factors_over_all_layers(seed, kl_clip, lr):
     inner = [(P * G).sum(), (Q * H).sum()]
     expected = reference.kl_factor([P, Q], [G, H], lr, kl_clip)
     torch.testing.assert_close(formula.kl_factor(inner, [lr, lr], kl_clip), expected)
-    found = formula.rescale_factor([G.norm(), H.norm()], [P.norm(), Q.norm()])
+    found = formula.rescale_factor([G.norm().view(1), H.norm().view(1)], [P.norm().view(1), Q.norm().view(1)])
     torch.testing.assert_close(found, reference.rescale_factor([P, Q], [G, H]))
 
 
@@ -298,9 +307,9 @@ def test_zero_statistics_leave_the_gradient_alone(relative):
     (G,) = draw(0, (1, 3, 2))
     a, g = torch.zeros(1, 2, dtype=G.dtype), torch.zeros(1, 3, dtype=G.dtype)
     for correction in (
-        formula.eva(G, None, a, g, 0.1, relative),
-        formula.eva_f(G, None, a, 0.1, relative),
-        formula.eva_s(G, [g, a], 0.1, relative),
+        result(formula.eva(G, None, a, g, 0.1, relative)),
+        result(formula.eva_f(G, None, a, 0.1, relative)),
+        result(formula.eva_s(G, [g, a], 0.1, relative)),
     ):
         P = G.clone()
         correction.apply_(P)

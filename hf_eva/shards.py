@@ -1,0 +1,181 @@
+"""
+Matrices of which each process holds some of the rows, or of the columns.
+
+Only gradients, momenta and weights are in parts. Vectors and bases are whole on every process, so that what the
+formulas need of the others are sums over a whole axis of products with their parts. A computation that waits for such
+sums is a generator, a *routine*: it yields what is to be summed and is sent the sums. Where nothing is in parts, it
+never yields. [`together`] runs the routines of all layers side by side and sums what they wait for at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+class Request(NamedTuple):
+    """Tensors to be summed over the processes along one dimension of a mesh."""
+
+    mesh: DeviceMesh
+    dimension: int
+    tensors: Sequence[Tensor]
+
+
+Routine: TypeAlias = Generator[Request, Sequence[Tensor], T]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The `size` entries from `start` of an axis with `whole` entries, or where `mesh` is `None` all of them."""
+
+    whole: int
+    start: int
+    size: int
+    mesh: DeviceMesh | None = None
+    dimension: int = 0  # of the mesh
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The part that belongs here, a view, of a tensor `(n, whole, …)`."""
+        return tensor if self.mesh is None else tensor.narrow(1, self.start, self.size)
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """A part `(n, size, …)` among zeros, `(n, whole, …)`: the sum over processes is the whole tensor."""
+        if self.mesh is None:
+            return tensor
+        spread = tensor.new_zeros(len(tensor), self.whole, *tensor.shape[2:])
+        self.take(spread).copy_(tensor)
+        return spread
+
+    def sum(self, *tensors: Tensor) -> Routine[Sequence[Tensor]]:
+        """Sums over this axis, where each process has summed over its part."""
+        return tensors if self.mesh is None else (yield Request(self.mesh, self.dimension, tensors))
+
+
+class Part(NamedTuple):
+    """Which rows and columns of a matrix `(d_out, d_in)` this process holds."""
+
+    rows: Axis
+    columns: Axis
+
+    def sum(self, *tensors: Tensor) -> Routine[Sequence[Tensor]]:
+        """Sums over all entries."""
+        return (yield from self.rows.sum(*(yield from self.columns.sum(*tensors))))
+
+    def norms(self, norms: Tensor) -> Routine[Tensor]:
+        """Norms over all entries, from those over the part."""
+        if self.rows.mesh is None and self.columns.mesh is None:
+            return norms
+        (squares,) = yield from self.sum(norms.square())
+        return squares.sqrt()
+
+
+def whole_axis(size: int) -> Axis:
+    return Axis(size, 0, size)
+
+
+WHOLE = Part(whole_axis(0), whole_axis(0))  # of whatever size
+
+
+def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
+    """The part of each axis of a tensor that this process holds, if [`refusal`] has no reason; of a plain one all."""
+    axes = [whole_axis(size) for size in tensor.shape]
+    for dimension, placement in enumerate(getattr(tensor, "placements", ())):
+        mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
+        if placement.is_shard() and mesh.size(dimension) > 1:
+            whole = tensor.shape[placement.dim]
+            most = -(-whole // mesh.size(dimension))
+            start = min(whole, most * mesh.get_local_rank(dimension))
+            axes[placement.dim] = Axis(whole, start, min(most, whole - start), mesh, dimension)
+    return tuple(axes)
+
+
+def refusal(weight: Tensor, gradient: Tensor) -> str:
+    """Why a weight and its gradient are distributed in a way that is not known here, or an empty string."""
+    if not is_distributed(weight) and not is_distributed(gradient):
+        return ""
+    if not is_distributed(weight) or not is_distributed(gradient):
+        return "of weight and gradient only one is a DTensor"
+    mine, its = weight.placements, gradient.placements  # type: ignore[attr-defined]
+    axes = [placement.dim for placement in mine if placement.is_shard()]
+    is_known = all(placement.is_shard() or placement.is_replicate() for placement in mine)
+    if mine != its or not is_known or len(set(axes)) < len(axes) or any(axis > 1 for axis in axes):
+        return f"the placements of its weight are {mine} and of its gradient {its}"
+    return ""
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, whose import takes a second that only those who have one should pay for."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, in the same memory."""
+    part: Tensor = tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """The tensor of which `part` is what this process holds, distributed as another one of its shape."""
+    if not is_distributed(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def together(routines: Iterable[Routine[T]]) -> list[T]:
+    """
+    Run routines to their ends and return their results. Each is advanced until it waits, in order, so that one that
+    never waits ends before the next begins. Then one all-reduce per group, device and precision answers all that wait.
+    """
+    results: dict[int, T] = {}
+    waiting: dict[int, tuple[Routine[T], Request]] = {}
+
+    def advance(index: int, routine: Routine[T], sums: Sequence[Tensor] | None) -> None:
+        try:
+            waiting[index] = routine, (next(routine) if sums is None else routine.send(sums))
+        except StopIteration as end:
+            results[index] = end.value
+
+    for index, routine in enumerate(routines):
+        advance(index, routine, None)
+    while waiting:
+        answered, waiting = waiting, {}
+        sums = _sums([request for _, request in answered.values()])
+        for (index, (routine, _)), answer in zip(answered.items(), sums, strict=True):
+            advance(index, routine, answer)
+    return [results[index] for index in sorted(results)]
+
+
+def _sums(requests: Sequence[Request]) -> list[list[Tensor]]:
+    """What is asked for, in as few all-reduces as there can be."""
+    buffers: dict[Any, list[Tensor]] = {}
+    for request in requests:
+        for tensor in request.tensors:
+            buffers.setdefault(_key(request, tensor), []).append(tensor)
+    found = {key: iter(_summed(key[0], key[1], tensors)) for key, tensors in buffers.items()}
+    return [[next(found[_key(request, tensor)]) for tensor in request.tensors] for request in requests]
+
+
+def _key(request: Request, tensor: Tensor) -> tuple[Any, ...]:
+    return request.mesh, request.dimension, tensor.dtype, tensor.device
+
+
+def _summed(mesh: DeviceMesh, dimension: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    # What was offloaded to the host is summed where the processes are connected.
+    there = flat.to(mesh.device_type) if flat.device.type != mesh.device_type else flat
+    dist.all_reduce(there, group=mesh.get_group(dimension))
+    parts = there.to(flat.device).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
