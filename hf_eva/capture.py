@@ -90,6 +90,14 @@ class Capture:
         """Remove all hooks from the model."""
         self._finalizer()
 
+    def has_gradients(self, model: nn.Module) -> bool:
+        """
+        Whether gradients are waiting for a step. Of a sharded model they may be out of sight, in parameters that exist
+        between two collectives only: its windows end in `Eva.step` and `Eva.zero_grad` alone.
+        """
+        is_sharded = hasattr(model, "set_requires_gradient_sync")
+        return is_sharded or any(layer.weight.grad is not None for layer in self.layers)
+
     def start_window(self) -> None:
         """Forget what was gathered since the last step."""
         if self._buffer is not None and self._place == self._wanted_place():
@@ -163,7 +171,7 @@ def _before_model(
     capture: Capture, scope: MaskScope, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     # Inside a backward pass (checkpointing around the whole model) gradients can be missing without a new window.
-    if scope.parent is None and not _in_backward() and all(layer.weight.grad is None for layer in capture.layers):
+    if scope.parent is None and not _in_backward() and not capture.has_gradients(module):
         capture.start_window()
     if capture.committed:
         capture.committed = False

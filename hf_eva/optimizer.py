@@ -117,7 +117,7 @@ class Eva(torch.optim.Optimizer):
                 plan.model, self.layers, self.config.needs_output_gradients, self.config.mask_padding
             )
         self._warned: set[int] = set()
-        self._steps = 0
+        self._steps, self._is_rehearsal = 0, False
         self._last = LastStep()
         self._scratch = Scratch()
         self._stacked: tuple[list[tuple[Any, ...]], list[Stack]] = [], []
@@ -156,6 +156,13 @@ class Eva(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         statistics = self._capture.collect() if self._capture is not None else None
+        # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The read
+        # of device values happens only where this process has called no layer: another one may have.
+        self._is_rehearsal = (
+            self._capture is not None
+            and not self._capture.called
+            and not any(bool(values.tokens > 0) for values in statistics or ())
+        )
         stacks = self._stacks(statistics)
         if self.config.base == "sgd":
             self._sgd_step(stacks, statistics)
@@ -429,7 +436,7 @@ class Eva(torch.optim.Optimizer):
     def _was_called(self, index: int, layer: Layer, statistics: Statistics) -> bool:
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
         assert self._capture is not None
-        if index in self._capture.called:
+        if index in self._capture.called or self._is_rehearsal:
             return True
         # The read of a device value happens only where this process never called the layer: another one may have.
         updates = self.state[layer.weight].get("eva_updates", 0)
@@ -462,13 +469,14 @@ class Eva(torch.optim.Optimizer):
                 f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
             )
         super().load_state_dict(state_dict)
-        precise = {id(layer.weight) for layer in self.layers} | {id(module.weight) for module in self._embeddings}
+        by_rows = {id(module.weight) for module in self._embeddings}
+        precise = by_rows | {id(layer.weight) for layer in self.layers}
         for parameter in parameters:
             if id(parameter) in precise:
                 for key, value in saved[id(parameter)].items():
-                    # torch casts floating state to the parameter's dtype, which would lose bits under bf16. It leaves
-                    # the count of steps alone, which AdamW wants on the CPU.
-                    if key != "step":
+                    # torch casts floating state to the parameter's dtype, which would lose bits under bf16, and the
+                    # count of steps as AdamW wants it.
+                    if key != "step" or id(parameter) in by_rows:
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         if self._capture is not None:
             self._capture.start_window()
