@@ -156,8 +156,8 @@ class Eva(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         statistics = self._capture.collect() if self._capture is not None else None
-        # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The read
-        # of device values happens only where this process has called no layer: another one may have.
+        # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The
+        # read of device values happens only where this process has called no layer: another one may have.
         self._is_rehearsal = (
             self._capture is not None
             and not self._capture.called

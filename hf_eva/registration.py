@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import transformers
@@ -77,13 +78,24 @@ def eva_class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tu
 def _refuse_unsupported(args: TrainingArguments) -> None:
     if args.deepspeed:
         raise ValueError("optim='eva' does not run under DeepSpeed, which owns the gradients: use DDP or FSDP2.")
-    if args.fsdp:
-        raise ValueError("optim='eva' does not run under FSDP, which shards gradients: use DDP.")
+    if _fsdp_version(args) == 1:
+        raise ValueError(
+            "optim='eva' does not run under FSDP1, which flattens weights: use FSDP2 (version 2 in `fsdp_config`, "
+            "`--fsdp_version 2` of `accelerate launch`) or DDP."
+        )
     if args.parallel_mode.value == "not_distributed":
         raise ValueError(
             f"optim='eva' does not run under nn.DataParallel, which was chosen because {args.n_gpu} GPUs are visible: "
             "start the script with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def _fsdp_version(args: TrainingArguments) -> int:
+    """The version of FSDP that the arguments or the launcher ask for; 0 without it."""
+    if not args.fsdp and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes"):
+        return 0
+    plugin, config = (getattr(args, name, None) or {} for name in ("fsdp_plugin_args", "fsdp_config"))
+    return int(plugin.get("fsdp_version") or config.get("version") or os.environ.get("FSDP_VERSION") or 1)
 
 
 def _handler(context: Any) -> tuple[type[Eva], dict[str, Any]]:

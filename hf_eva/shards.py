@@ -101,6 +101,8 @@ def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
 
 def refusal(weight: Tensor, gradient: Tensor) -> str:
     """Why a weight and its gradient are distributed in a way that is not known here, or an empty string."""
+    if weight.ndim < 2:
+        return "its weight is flat, as under FSDP1"
     if not is_distributed(weight) and not is_distributed(gradient):
         return ""
     if not is_distributed(weight) or not is_distributed(gradient):

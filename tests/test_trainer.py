@@ -192,11 +192,16 @@ def test_unsupported_setups_are_refused_with_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"does not run under nn\.DataParallel.*accelerate launch"):
         EvaTrainer(model(), args).create_optimizer()
     trainer = EvaTrainer(model(), arguments(tmp_path))
-    for name, message in (("deepspeed", "does not run under DeepSpeed"), ("fsdp", "does not run under FSDP")):
+    for changes, message in (
+        ({"deepspeed": "settings"}, "does not run under DeepSpeed"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "does not run under FSDP1.*use FSDP2"),
+    ):
         args = arguments(tmp_path)
-        setattr(args, name, "settings")
+        vars(args).update(changes)
         with pytest.raises(ValueError, match=message):
             trainer.get_optimizer_cls_and_kwargs(args, model())
+    args.fsdp_config = {"version": 2}
+    assert trainer.get_optimizer_cls_and_kwargs(args, model())[0] is Eva
 
 
 @pytest.mark.parametrize("variant", ["eva_s", "eva"])

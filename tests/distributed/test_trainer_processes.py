@@ -7,6 +7,7 @@ import pytest
 import torch
 import world
 from helpers import assert_equal, assert_near
+from torch.distributed.tensor import DTensor
 from zoo import ZOO, sentences
 
 pytestmark = pytest.mark.distributed
@@ -14,9 +15,22 @@ NAMES = ("bert", "llama", "vit")
 TEXTS = [*sentences(8, seed=0), *sentences(8, seed=1)]
 # Name, optimizer and average_tokens_across_devices, without which each process takes the mean of its own labels.
 CASES = [*((name, optim, True) for name in NAMES for optim in ("eva", "adamw_torch")), ("bert", "eva", False)]
+SHARDED = [("bert", "eva", True), ("llama", "eva", True)]
 
 
-def train(case, folder, batch, accumulated):
+def shard(trainer):
+    """Switch FSDP2 on, as Accelerate does by itself on accelerators only."""
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    trainer.is_fsdp_enabled = True
+
+
+def train(case, folder, batch, accumulated, sharded=False):
     """
     Two steps of eight sentences in all; returns weights, losses and gradient norms, the strengths of the last step and
     the loss in evaluation.
@@ -47,8 +61,12 @@ def train(case, folder, batch, accumulated):
         **({"eva_variant": "eva", "eva_damping": 1.0} if optim == "eva" else {}),
     )
     trainer = EvaTrainer(ZOO[name].build().double(), args, train_dataset=TEXTS, data_collator=collate)
+    if sharded:
+        shard(trainer)
     trainer.train()
-    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    parameters = dict(trainer.model.named_parameters())
+    assert all(isinstance(parameter, DTensor) == sharded for parameter in parameters.values())
+    weights = {name: (p.full_tensor() if sharded else p).detach() for name, p in parameters.items()}
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2
     told = {key: torch.tensor(value) for key, value in logs[-1].items() if key.startswith("eva_strength")}
@@ -61,7 +79,8 @@ def train(case, folder, batch, accumulated):
 def train_all(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    return {"/".join(map(str, case)): train(case, folder, 2, 2) for case in CASES}
+    found = {"/".join(map(str, case)): train(case, folder, 2, 2) for case in CASES}
+    return found | {f"sharded/{case[0]}": train(case, folder, 2, 2, sharded=True) for case in SHARDED}
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +103,12 @@ def test_two_processes_train_as_one(case, of_two_processes, tmp_path):
         assert_near(first["told"], expected["told"], 1e-5)
     if case[0] != "llama":  # an evaluation is a mean over batches, whose numbers of words differ
         assert_near([first["evaluation"]], [expected["evaluation"]], 1e-5)
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=lambda case: case[0])
+def test_two_processes_with_sharded_weights_train_as_one(case, of_two_processes, tmp_path):
+    first, second = (found[f"sharded/{case[0]}"] for found in of_two_processes)
+    assert_equal(first["weights"], second["weights"])
+    expected = train(case, str(tmp_path), 8, 1)
+    assert_near([first["logs"]], [expected["logs"]], 1e-5)
+    assert_near(first["weights"], expected["weights"], 1e-5)
