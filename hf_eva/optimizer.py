@@ -138,7 +138,10 @@ class Eva(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Not compiled, also where `torch.compile` is called on it: most of a step is a few large products, and what the
+    # compiler makes of the rest takes minutes to build and has other results.
     @torch.no_grad()
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """
         One optimization step from the gradients in `.grad`, which it may overwrite for the planned layers.

@@ -16,15 +16,18 @@ TEXTS = [*sentences(8, seed=0), *sentences(8, seed=1)]
 # Name, optimizer and average_tokens_across_devices, without which each process takes the mean of its own labels.
 CASES = [*((name, optim, True) for name in NAMES for optim in ("eva", "adamw_torch")), ("bert", "eva", False)]
 SHARDED = [("bert", "eva", True), ("llama", "eva", True)]
+BLOCKS = {"bert": "BertLayer", "llama": "LlamaDecoderLayer"}
 
 
-def shard(trainer):
+def shard(trainer, block):
     """Switch FSDP2 on, as Accelerate does by itself on accelerators only."""
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=[block]
+    )
     for shared in (PartialState._shared_state, AcceleratorState._shared_state):
         shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     trainer.is_fsdp_enabled = True
@@ -62,11 +65,11 @@ def train(case, folder, batch, accumulated, sharded=False):
     )
     trainer = EvaTrainer(ZOO[name].build().double(), args, train_dataset=TEXTS, data_collator=collate)
     if sharded:
-        shard(trainer)
+        shard(trainer, BLOCKS[name])
     trainer.train()
     parameters = dict(trainer.model.named_parameters())
     assert all(isinstance(parameter, DTensor) == sharded for parameter in parameters.values())
-    weights = {name: (p.full_tensor() if sharded else p).detach() for name, p in parameters.items()}
+    weights = {key: (p.full_tensor() if sharded else p).detach() for key, p in parameters.items()}
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2
     told = {key: torch.tensor(value) for key, value in logs[-1].items() if key.startswith("eva_strength")}
