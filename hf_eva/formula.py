@@ -66,7 +66,7 @@ class Correction(NamedTuple):
         return self.rows.bmm(self.rows.mT)
 
     def squares(self, squares: Tensor, grams: Tensor) -> Tensor:
-        """`‖P‖²` of every row, from the rows' `‖G‖²`, both `(n, d_out)`, and from [`grams`]."""
+        """`‖P‖²` of every row, from the rows' `‖G‖²`, both `(n, d_out)`, and from `grams()`."""
         half = self.images + self.columns.bmm(grams) / 2
         # What remains of a row that is removed almost entirely is rounding.
         return torch.maximum(squares + 2 * (self.columns * half).sum(2), squares * _eps(squares))

@@ -211,7 +211,7 @@ def test_no_direction_is_counted_twice_where_there_are_few():
     for step in range(10):
         G = mean + 0.3 * torch.randn(1, 2, 384, generator=generator)
         if step == 0:
-            bases = formula.find_bases(G, *bases, torch.tensor([True]))
+            bases = result(formula.find_bases(G, *bases, torch.tensor([True])))
         bases = result(formula.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0])))
         trace = trace.lerp(G.square().sum(), weight)
         for basis in bases:

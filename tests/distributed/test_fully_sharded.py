@@ -46,10 +46,10 @@ def by_columns(parameter):
 FP32_SUMS = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 # What `fully_shard` may be asked for beside its defaults, and how near the twin is that holds all weights.
 OPTIONS = {
-    "mixed precision": ({"mp_policy": FP32_SUMS}, torch.float32, 1e-6),
-    "offloaded": ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, torch.float64, 1e-12),
-    "by columns": ({"shard_placement_fn": by_columns}, torch.float64, 1e-12),
-    "checkpointed": ({}, torch.float64, 1e-12),
+    "mixed precision": ({"mp_policy": FP32_SUMS}, torch.float32, 1e-4),
+    "offloaded": ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, torch.float64, 1e-10),
+    "by columns": ({"shard_placement_fn": by_columns}, torch.float64, 1e-10),
+    "checkpointed": ({}, torch.float64, 1e-10),
 }
 
 
@@ -113,7 +113,7 @@ def resume(model, optimizer, folder):
 
 def beside_a_twin(name, rank, processes, mesh):
     """Train a sharded model beside one that gets its gradients whole; returns the weights of both."""
-    options, dtype, _ = OPTIONS.get(name, ({}, torch.float64, 1e-12))
+    options, dtype, _ = OPTIONS.get(name, ({}, torch.float64, 1e-10))
     torch.manual_seed(0)
     model = FAMILIES["gpt2"].build().to(dtype)
     twin = copy.deepcopy(model)
@@ -184,21 +184,21 @@ def test_the_number_of_sums_does_not_grow_with_the_model(of_two_processes):
 @pytest.mark.parametrize("config", ["eva", "paper_eva", "rank_3"])
 def test_micro_batches_that_are_not_summed_over_processes(config, of_two_processes):
     found, _, _ = of_two_processes
-    assert_near(found[f"accumulated/{config}"]["weights"], weights_of("mlp", config), 1e-12)
+    assert_near(found[f"accumulated/{config}"]["weights"], weights_of("mlp", config), 1e-10)
 
 
 @pytest.mark.parametrize("config", ["eva", "paper_eva", "rank_3"])
 def test_a_distributed_checkpoint_resumes_on_as_many_processes_and_on_one(config, of_two_processes):
     found, _, folder = of_two_processes
     expected = weights_of("gpt2", config)
-    assert_near(found[f"resumed/{config}"]["weights"], expected, 1e-12)
-    assert_near(weights_of("gpt2", config, steps=2, state=folder / config), expected, 1e-12)
+    assert_near(found[f"resumed/{config}"]["weights"], expected, 1e-10)
+    assert_near(weights_of("gpt2", config, steps=2, state=folder / config), expected, 1e-10)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_fully_shard_do_not_change_the_step(option, of_two_processes):
     sharded, twin = of_two_processes[0]["options"][option]
-    assert_near(sharded, twin, OPTIONS[option][2])
+    assert_near(sharded, twin, OPTIONS[option][2], OPTIONS[option][2] / 100)
 
 
 def in_four(rank, folder):
@@ -224,12 +224,12 @@ def test_four_processes_some_without_rows_and_replicas_of_two(tmp_path):
     for (name, config), weights in expected.items():
         assert_near(found[f"{name}/{config}"]["weights"], weights, 1e-10)
     for config in ("eva", "rank_3", "paper_eva_s"):
-        assert_near(found[f"hybrid/{config}"]["weights"], expected["gpt2", config], 1e-12)
+        assert_near(found[f"hybrid/{config}"]["weights"], expected["gpt2", config], 1e-10)
     for other in others:
         for case, one in found.items():
             assert_equal(one["weights"], other[case]["weights"])
     (first, _) = world.run(resumed_in_two, 2, str(tmp_path))
-    assert_near(first, expected["gpt2", "rank_3"], 1e-12)
+    assert_near(first, expected["gpt2", "rank_3"], 1e-10)
 
 
 def test_other_ways_to_shard_are_refused_with_a_sentence(of_two_processes):
