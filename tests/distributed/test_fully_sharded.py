@@ -172,7 +172,7 @@ def of_two_processes(tmp_path_factory):
 def test_sharded_processes_train_as_one_without_shards(name, config, of_two_processes):
     first, second, _ = of_two_processes
     assert_equal(first[f"{name}/{config}"]["weights"], second[f"{name}/{config}"]["weights"])
-    assert_near(first[f"{name}/{config}"]["weights"], weights_of(name, config), 1e-10)
+    assert_near(first[f"{name}/{config}"]["weights"], weights_of(name, config), 1e-9)
 
 
 def test_the_number_of_sums_does_not_grow_with_the_model(of_two_processes):
@@ -222,7 +222,7 @@ def test_four_processes_some_without_rows_and_replicas_of_two(tmp_path):
     found, *others = world.run(in_four, 4, str(tmp_path), limit=600.0)
     expected = {case: weights_of(*case) for case in CASES}
     for (name, config), weights in expected.items():
-        assert_near(found[f"{name}/{config}"]["weights"], weights, 1e-10)
+        assert_near(found[f"{name}/{config}"]["weights"], weights, 1e-9)
     for config in ("eva", "rank_3", "paper_eva_s"):
         assert_near(found[f"hybrid/{config}"]["weights"], expected["gpt2", config], 1e-10)
     for other in others:

@@ -115,3 +115,4 @@ def test_two_processes_with_sharded_weights_train_as_one(case, of_two_processes,
     expected = train(case, str(tmp_path), 8, 1)
     assert_near([first["logs"]], [expected["logs"]], 1e-5)
     assert_near(first["weights"], expected["weights"], 1e-5)
+    assert_near(first["told"], expected["told"], 1e-5)
