@@ -74,8 +74,9 @@ def eva(grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: flo
     a_norm, image = _dot(a, a), _apply(grads, a)
     if biases is not None:
         a_norm, image = a_norm + 1, image + biases
-    coefficient = _dot(g, image) / _damped(a_norm * _dot(g, g), damping, relative)
-    return _rank_one(-g * coefficient.unsqueeze(1), a, image)
+    unit, g_norm = _unit(g)
+    coefficient = _dot(unit, image) / _damped(a_norm, damping if relative else damping / g_norm, relative)
+    return _rank_one(-unit * coefficient.unsqueeze(1), a, image)
 
 
 def eva_f(grads: Tensor, biases: Tensor | None, a: Tensor, damping: float, relative: bool) -> Correction:
@@ -96,15 +97,22 @@ def eva_s(grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bo
     order k ≥ 2 as matrices `(n, d_1, d_2 ⋯ d_k)`. `relative` is as in [`eva`]; that `P` gets the norm of `G` is left
     to [`restore_norms_`].
     """
-    first, last = vectors[0], vectors[1]
-    for vector in vectors[2:]:
+    (first, norm), (last, last_norm), *others = (_unit(vector) for vector in vectors)
+    shift = damping if relative else damping / norm / last_norm
+    for vector, other_norm in others:
         last = (last.unsqueeze(2) * vector.unsqueeze(1)).flatten(1)
+        shift = shift if relative else shift / other_norm
     image = _apply(grads, last)
-    coefficient = _dot(first, image) / _damped(_dot(first, first) * _dot(last, last), damping, relative)
-    return _rank_one(-first * coefficient.unsqueeze(1), last, image)
+    return _rank_one(-first * (_dot(first, image) / (1 + shift)).unsqueeze(1), last, image)
 
 
-def _damped(curvature: Tensor, damping: float, relative: bool) -> Tensor:
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors of norm 1, or 0 where they are zero, and their squared norms: products of these may overflow."""
+    squares = _dot(vectors, vectors)
+    return vectors / squares.sqrt().clamp_min(math.sqrt(_least(vectors))).unsqueeze(1), squares
+
+
+def _damped(curvature: Tensor, damping: float | Tensor, relative: bool) -> Tensor:
     return curvature + ((damping * curvature).clamp_min(_TINY) if relative else damping)
 
 
@@ -142,20 +150,24 @@ def rescale_factor(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 def factor_levels(bases: Tensor, traces: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
     """
-    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`.
+    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`. Everything is
+    in units of the trace of `F`, so that gradients of any size can be squared twice.
 
     Args:
-        bases (`Tensor` of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms.
-        traces (`Tensor` of shape `(n,)`): trace of `F`. What the r vectors do not explain is spread evenly, as `ρ`.
-        damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `trace / d`.
+        bases (`Tensor` of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms. What
+            the r vectors do not explain of the trace, which is 1, is spread evenly, as `ρ`.
+        traces (`Tensor` of shape `(n,)`): trace of `F`.
+        damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `1 / d`,
+            otherwise in those of `F`.
 
     Returns:
         `U` of shape `(n, d, r)`, and `ℓ` and `level = (ℓ + ε) / (ρ + ε) ≥ 1` of shape `(n, r)`.
     """
     dimension, rank = bases.shape[1:]
-    values, traces = column_norms(bases), traces.unsqueeze(1)
-    rest = (traces - values.sum(1, keepdim=True)).clamp_min(0.0) / max(dimension - rank, 1)
-    shift = (damping * traces / dimension if relative else damping) + _TINY
+    values = column_norms(bases)
+    rest = (1 - values.sum(1, keepdim=True)).clamp_min(0.0) / max(dimension - rank, 1)
+    shift = damping / dimension if relative else damping / traces.clamp_min(_least(traces)).unsqueeze(1)
+    shift = shift + _TINY
     return unit_columns(bases, values), values, ((values + shift) / (rest + shift)).clamp_min(1.0)
 
 
@@ -169,8 +181,8 @@ def factored(
     """
     `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out, but not both.
 
-    With `corrections` of shape `(n,)`, which divide `G` as Adam's do its momentum, p is `exponent` for a direction
-    whose `G` is noise and goes down to half of it where gradients agree:
+    With `corrections` of shape `(n,)`, which divide `G` as Adam's do its momentum and bring it to the units of `ℓ`, p
+    is `exponent` for a direction whose `G` is noise and goes down to half of it where gradients agree:
     `p = exponent · (1 − ½ min(1, ‖uᵀĜ‖ / sqrt(ℓ)))`. Where they agree, `ℓ` is the square of what is to be followed,
     and both sides to the power ½ would turn it upside down.
     """
@@ -213,7 +225,8 @@ def subspace_step(
     output: Tensor, input: Tensor, images: tuple[Tensor, Tensor], weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
-    One streaming subspace iteration for each side: `Z ← (1 − w) U diag(ℓ) + w · F U`, rotated to orthogonal columns.
+    One streaming subspace iteration for each side: `Z ← (1 − w) U diag(ℓ) + w · F U`, rotated to orthogonal columns; a
+    weight of 0 leaves everything as it is.
 
     Bases of shape `(n, d, r)` hold `U diag(ℓ)`; their images are `F U`. The rotation by the eigenvectors of `ZᵀZ`
     gives the left singular vectors of `Z` times its singular values, the largest last, without a decomposition of
@@ -225,7 +238,11 @@ def subspace_step(
         rotations = torch.linalg.eigh(torch.cat(grams)).eigenvectors.tensor_split(2)
     else:
         rotations = tuple(torch.linalg.eigh(gram).eigenvectors for gram in grams)
-    output, input = (basis.bmm(rotation) for basis, rotation in zip(bases, rotations, strict=True))
+    is_new = _over(weights > 0, output)
+    output, input = (
+        torch.where(is_new, basis.bmm(rotation), old)
+        for old, basis, rotation in zip((output, input), bases, rotations, strict=True)
+    )
     return output, input
 
 
@@ -240,9 +257,10 @@ def unit_columns(bases: Tensor, norms: Tensor | None = None) -> Tensor:
     return bases / norms.clamp_min(_TINY).unsqueeze(1)
 
 
-def orthonormal_columns(bases: Tensor) -> Tensor:
+def orthogonal_columns(bases: Tensor, lengths: Tensor) -> Tensor:
     """
-    `U` of bases `U diag(ℓ)`, by Gram and Schmidt from the last column, which is the longest, to the first.
+    `U` of bases `U diag(ℓ)`, by Gram and Schmidt from the last column, which is the longest, to the first; times
+    `lengths` of shape `(n,)`.
 
     Where gradients have fewer directions than there are columns, what is left in the others is rounding, which shares
     directions with the longest: an image would count these again.
@@ -251,7 +269,7 @@ def orthonormal_columns(bases: Tensor) -> Tensor:
     grams = units.mT.bmm(units)
     grams.diagonal(dim1=1, dim2=2).add_(bases.shape[2] * _eps(bases))
     factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
-    return torch.linalg.solve_triangular(factors, units, upper=False, left=False)
+    return torch.linalg.solve_triangular(factors / _over(lengths, factors), units, upper=False, left=False)
 
 
 def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
@@ -266,16 +284,24 @@ def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
     return (basis / _norm(basis, dim=0)).to(like.device, like.dtype)
 
 
-def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, for the layers that are `valid`."""
-    valid = _over(valid, output)
+def find_bases(grads: Tensor, output: Tensor, input: Tensor, valid: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, whose `‖G‖²` are given, for the layers
+    that are `valid`.
+    """
+    valid, lengths = _over(valid, output), _over(inverse(squares), output)
     for _ in range(ITERATIONS):
-        images = gram_images(grads, output, input)
+        images = gram_images(grads, output * lengths, input * lengths)
         output, input = (
             torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis).contiguous()  # as bases that are read
             for basis, image in zip((output, input), images, strict=True)
         )
     return output, input
+
+
+def inverse(squares: Tensor) -> Tensor:
+    """`1 / ‖G‖²`, a finite number also where that is 0."""
+    return squares.clamp_min(_least(squares)).reciprocal()
 
 
 def row_shares(squares: Tensor) -> Tensor:
@@ -371,3 +397,8 @@ def _over(values: Tensor, stack: Tensor) -> Tensor:
 
 def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
+
+
+def _least(tensor: Tensor) -> float:
+    """The least number that has an inverse."""
+    return torch.finfo(tensor.dtype).tiny

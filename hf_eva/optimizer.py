@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -16,7 +17,9 @@ from .capture import Capture, Statistics
 from .config import EvaConfig
 from .layers import Layer, working_dtype
 from .selection import Plan, embeddings_of, statistics_shapes
+from .soundness import Watch, can_read, replace_unless_, squared_norms_of
 from .stacks import Scratch, Stack, stacks_of
+from .state import follow_, refuse_unsound
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,17 @@ class _Seen:
     squares: Tensor
     vectors: list[Tensor] = dataclasses.field(default_factory=list)
     factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Look:
+    """
+    What a first look at all gradients tells: `squares` are `‖G‖²` by the id of the parameter, 0-dim, or for embeddings
+    the mean squares of rows, `(rows, 1)`. `sound` says on the device whether there is a step; `None` where there is.
+    """
+
+    squares: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    sound: Tensor | None = None
 
 
 class Eva(torch.optim.Optimizer):
@@ -94,8 +108,8 @@ class Eva(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self.config = config or EvaConfig()
         params = list(params)  # type: ignore[assignment]
-        # Not for SGD: on a CPU, torch 2.13's fused one computes something else in bfloat16.
-        if foreach is None and fused is None and self.config.base == "adamw":
+        # Without layers SGD is torch's, bit for bit, whose default is another implementation.
+        if foreach is None and fused is None and (self.config.base == "adamw" or self.config.variant != "none"):
             fused = base.can_fuse(params) or None
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "foreach": foreach, "fused": fused})
@@ -115,6 +129,7 @@ class Eva(torch.optim.Optimizer):
                 plan.model, self.layers, self.config.needs_output_gradients, self.config.mask_padding
             )
         self._warned: set[int] = set()
+        self._watch = Watch(partial(_name_in, plan))
         self._steps = 0
         self._scratch = Scratch()
         self._stacked: tuple[list[tuple[Any, ...]], list[Stack]] = [], []
@@ -153,10 +168,15 @@ class Eva(torch.optim.Optimizer):
                 loss = closure()
         statistics = self._capture.collect() if self._capture is not None else None
         stacks = self._stacks(statistics)
+        look = self._look(stacks, statistics)
+        if look.sound is not None and can_read(look.sound):
+            if not look.sound.numpy():
+                return loss
+            look.sound = None
         if self.config.base == "sgd":
-            self._sgd_step(stacks, statistics)
+            self._sgd_step(stacks, statistics, look)
         else:
-            self._adamw_step(stacks, statistics)
+            self._adamw_step(stacks, statistics, look)
         return loss
 
     def _stacks(self, statistics: Sequence[Statistics] | None) -> list[Stack]:
@@ -164,6 +184,11 @@ class Eva(torch.optim.Optimizer):
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         ready = []
         for index, layer in enumerate(self.layers):
+            if id(layer.weight) not in groups:
+                raise RuntimeError(
+                    f"Layer {layer.name!r} has got another weight since the optimizer was made, which nothing trains: "
+                    "make the optimizer after the model has its weights (`to_empty` and assignments replace them)."
+                )
             gradient = layer.weight.grad
             if gradient is None:
                 continue
@@ -183,28 +208,47 @@ class Eva(torch.optim.Optimizer):
         ]
         if key != self._stacked[0]:
             self._stacked = key, stacks_of(ready)
+            own = {id(layer.weight) for layer in self.layers} | self._embeddings
+            follow_(self.state, self.param_groups, own, self.config.base == "sgd")
         return self._stacked[1]
 
-    def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
+    def _look(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> _Look:
+        """Judge all gradients and statistics; not without preconditioning, where nothing is to differ from torch."""
+        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.config.variant == "none" or not present:
+            return _Look()
+        others = [parameter for parameter in present if id(parameter) not in self._embeddings]
+        rows = {id(p): base.mean_squares(p.grad) for p in present if id(p) in self._embeddings}
+        found = zip(others, squared_norms_of([parameter.grad for parameter in others]), strict=True)
+        squares = {id(parameter): square for parameter, square in found}
+        numbers = [(p, rows[id(p)].sum() if id(p) in rows else squares[id(p)]) for p in present]
+        if statistics is not None:
+            used = [pair for stack in stacks for pair in zip(stack.weights, stack.indices, strict=True)]
+            numbers += [(weight, statistics[index].a_square) for weight, index in used]
+            numbers += [(weight, statistics[index].g_square) for weight, index in used]
+        return _Look(squares | rows, self._watch.judge(numbers))
+
+    def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None, look: _Look) -> None:
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
         config = self.config
         for stack in stacks:
             gradients = stack.gradients(self._scratch)
-            seen = self._observe(stack, gradients, statistics)
-            base.momentum_(
-                gradients.unbind(), [self._momentum(n) for n in stack.layers], config.momentum, config.nesterov
-            )
-            scales = self._precondition_and_scale_(stack, gradients, seen)
+            sound = None if look.sound is None else look.sound.to(gradients.device)
+            seen = self._observe(stack, gradients, statistics, look)
+            buffers = [self._momentum(layer) for layer in stack.layers]
+            base.momentum_(gradients.unbind(), buffers, config.momentum, config.nesterov, sound)
+            scales = replace_unless_(sound, self._precondition_and_scale_(stack, gradients, seen), 0.0)
+            lr, weight_decay = stack.group["lr"], stack.group["weight_decay"]
             for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
-                rows = layer.kind.rows(scale, update.ndim)
-                base.decoupled_(layer.weight, update, rows, stack.group["lr"], stack.group["weight_decay"])
+                base.decoupled_(layer.weight, update, layer.kind.rows(scale, update.ndim), lr, weight_decay, sound)
         planned = {id(layer.weight) for stack in stacks for layer in stack.layers}
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
             embeddings = [parameter for parameter in others if id(parameter) in self._embeddings]
-            base.row_adamw_(embeddings, self.state, group, EMBEDDING_FACTOR)
+            squares = [look.squares[id(parameter)] for parameter in embeddings]
+            base.row_adamw_(embeddings, squares, self.state, group, EMBEDDING_FACTOR, look.sound)
             if len(embeddings) < len(others):
-                base.adamw_([p for p in others if id(p) not in self._embeddings], self.state, group)
+                base.adamw_([p for p in others if id(p) not in self._embeddings], self.state, group, look.sound)
 
     def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: _Seen) -> Tensor:
         """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
@@ -222,7 +266,7 @@ class Eva(torch.optim.Optimizer):
         largest = formula.largest_sizes(weight_norms, numel, stack.group["lr"])
         return formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
 
-    def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
+    def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None, look: _Look) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
         config = self.config
         updates: list[Tensor] = []
@@ -230,7 +274,7 @@ class Eva(torch.optim.Optimizer):
         before: list[Tensor] = []
         for stack in stacks:
             gradients, biases = stack.gradients(self._scratch), stack.bias_gradients()
-            seen = self._observe(stack, gradients, statistics)
+            seen = self._observe(stack, gradients, statistics, look)
             if config.kl_mode == "rescale":
                 before += torch._foreach_norm([gradients, *([] if biases is None else [biases])])
             inner.append(self._precondition_(stack, gradients, biases, seen))
@@ -241,7 +285,7 @@ class Eva(torch.optim.Optimizer):
         for group in self.param_groups:
             present = [parameter for parameter in group["params"] if parameter.grad is not None]
             if present:
-                base.sgd_(present, self.state, group, config.momentum, config.nesterov)
+                base.sgd_(present, self.state, group, config.momentum, config.nesterov, look.sound)
 
     def _size_factor(
         self, stacks: Sequence[Stack], inner: Sequence[Tensor], before: Sequence[Tensor], updates: Sequence[Tensor]
@@ -258,12 +302,12 @@ class Eva(torch.optim.Optimizer):
             )
         return scale if is_divided else None
 
-    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> _Seen:
+    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None, look: _Look) -> _Seen:
         """Bring the running averages up to date."""
         for layer in stack.layers:
             self._create_state(layer)
-        squares = formula.squared_norms(gradients)
-        valid = (squares > 0) & squares.isfinite()
+        squares = torch.stack([look.squares[id(weight)] for weight in stack.weights])
+        valid = squares > 0 if look.sound is None else (squares > 0) & look.sound.to(squares.device)
         if statistics is None:
             return self._observe_gradients(stack, gradients, squares, valid)
         return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
@@ -273,8 +317,7 @@ class Eva(torch.optim.Optimizer):
         tokens, a, a_squares, g, g_squares = (
             torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
         )
-        valid = valid & (tokens > 0) & a_squares.isfinite() & g_squares.isfinite()
-        seen = self._count(stack, squares, valid)
+        seen = self._count(stack, squares, valid & (tokens > 0))
         new = {"eva_a": a, "eva_a_square": a_squares}
         if self.config.needs_output_gradients:
             scales = tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else torch.ones_like(tokens)
@@ -283,13 +326,17 @@ class Eva(torch.optim.Optimizer):
         if self.config.curvature == "factored":
             for key in ("eva_g", "eva_a"):
                 if key in averages:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
-                    vectors = averages[key] * torch.linalg.vector_norm(averages[key], dim=1, keepdim=True)
-                    seen.factors[key] = self._factors(vectors.unsqueeze(2), averages[f"{key}_square"])
+                    traces = averages[f"{key}_square"]
+                    values = torch.linalg.vector_norm(averages[key], dim=1) * formula.inverse(traces)
+                    seen.factors[key] = self._factors((averages[key] * values.unsqueeze(1)).unsqueeze(2), traces)
         seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
         return seen
 
     def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> _Seen:
-        """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
+        """
+        Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
+        average `‖G‖²`.
+        """
         seen = self._count(stack, squares, valid)
         if self.config.curvature == "joint":
             means = enumerate(formula.axis_means(gradients))
@@ -298,10 +345,13 @@ class Eva(torch.optim.Optimizer):
         matrices = stack.kind.matrices(gradients)
         output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
         if self._steps <= SEARCH_STEPS:
-            output, input = formula.find_bases(matrices, output, input, valid & (seen.updates == 1))
-        units = formula.orthonormal_columns(output), formula.orthonormal_columns(input)
+            output, input = formula.find_bases(matrices, output, input, valid & (seen.updates == 1), squares)
+        lengths = formula.inverse(squares)
+        units = (formula.orthogonal_columns(basis, lengths) for basis in (output, input))
         images = formula.gram_images(matrices, *units)
-        output, input = formula.subspace_step(output, input, images, seen.weights)
+        # The average that `‖G‖²` gets, in its new units.
+        weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
+        output, input = formula.subspace_step(output, input, images, weights)
         for key, bases in (("eva_g", output), ("eva_a", input)):
             stack.write(self.state, key, bases)
             seen.factors[key] = self._factors(bases, seen.squares)
@@ -330,8 +380,10 @@ class Eva(torch.optim.Optimizer):
         relative = config.damping_mode == "relative"
         if config.curvature == "factored":
             output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
-            starts = starts if config.variant == "eva_s" else None
-            return formula.factored(matrices, output, input, config.exponent, starts)
+            corrections = None
+            if starts is not None and config.variant == "eva_s":
+                corrections = starts * seen.squares.sqrt()
+            return formula.factored(matrices, output, input, config.exponent, corrections)
         if config.variant == "eva_s":
             vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
             return formula.eva_s(matrices, vectors, config.damping, relative)
@@ -397,7 +449,8 @@ class Eva(torch.optim.Optimizer):
         As in `torch.optim.Optimizer`, but statistics and momentum keep their precision in a low-precision model.
 
         Raises:
-            ValueError: the state was saved with other layers or another config; the message lists the differences.
+            ValueError: the state was saved with other layers or another config; the message lists the differences. Or
+                it holds numbers that are not finite.
         """
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -409,6 +462,7 @@ class Eva(torch.optim.Optimizer):
                 f"The saved state does not fit the planned layers and their config: {'; '.join(differences[:3])}"
                 f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
             )
+        refuse_unsound({p: saved[id(p)] for p in parameters if id(p) in saved}, partial(_name_in, self.plan))
         super().load_state_dict(state_dict)
         planned = {id(layer.weight) for layer in self.layers}
         for parameter in parameters:
@@ -437,6 +491,13 @@ class Eva(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
+
+
+def _name_in(plan: Plan, parameter: Tensor) -> str:
+    """What a reader calls a parameter: the layer whose weight it is, otherwise its own name."""
+    names = {id(own): name for name, own in plan.model.named_parameters()}
+    names |= {id(layer.weight): layer.name for layer in plan.layers}
+    return names.get(id(parameter), "a parameter outside the model")
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:

@@ -128,7 +128,7 @@ class Run:
                 # Vectors belong to the published forms, whose factors have one eigenvalue.
                 if factor is None or factor.ndim != 2 or trace is None or not trace > 0:
                     continue
-                shares = (torch.linalg.vector_norm(factor.float(), dim=0) / trace).sort(descending=True).values
+                shares = torch.linalg.vector_norm(factor.float(), dim=0).sort(descending=True).values
                 name = names.get(str(index), f"parameter {index}")
                 spectra.append(Spectrum(name, side, tuple(shares.tolist())))
         return sorted(spectra, key=lambda spectrum: self._order(spectrum.layer))

@@ -34,6 +34,10 @@ class Stack:
     def kind(self) -> LayerKind:
         return self.layers[0].kind
 
+    @property
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]
+
     def gradients(self, scratch: Scratch) -> Tensor:
         """
         The gradients as `(n, *weight.shape)` in working precision: a view of the gradient of a single layer where it

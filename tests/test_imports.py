@@ -15,9 +15,11 @@ PACKAGE = ROOT / "hf_eva"
 # Ground floor first. A file or folder of hf_eva/ is one room.
 ROOMS = (
     "config",
+    "soundness",
     "base",
     "formula",
     "layers",
+    "state",
     "stacks",
     "selection",
     "collectives",
