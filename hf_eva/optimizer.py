@@ -77,8 +77,14 @@ class Eva(torch.optim.Optimizer):
             decay is decoupled with base `"adamw"` and coupled, after preconditioning, with base `"sgd"`.
         plan ([`Plan`]): the layers to precondition, from [`plan`].
         config ([`EvaConfig`], *optional*): defaults to the recipe, `EvaConfig()`.
-        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. AdamW defaults
-            to the fused one wherever there is one.
+        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. Defaults to
+            the fused one wherever there is one.
+        grad_scaler (`torch.amp.GradScaler`, *optional*): what scales the loss under fp16. Needed by variant `"eva"`
+            only, whose statistics of output gradients are taken before they are unscaled.
+
+    A step is taken as a whole or not at all: where a gradient, or a statistic that a step would use, is not finite, or
+    its square is not, weights, momentum and statistics of all parameters stay as they are, and a warning names the
+    parameter once. Not with variant `"none"`, which is torch's optimizer.
 
     Raises:
         ValueError: a value is out of range, or a planned weight is not among `params`.
@@ -96,6 +102,7 @@ class Eva(torch.optim.Optimizer):
         config: EvaConfig | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         for name, value, valid, expected in (
             ("lr", lr, isinstance(lr, float | int) and lr >= 0, "a number in [0, inf)"),
@@ -123,6 +130,7 @@ class Eva(torch.optim.Optimizer):
                     "optimizer: give all parameters of the planned model, or exclude that layer from the plan."
                 )
         self._embeddings = embeddings_of(plan.model, self.config)
+        self.grad_scaler = grad_scaler
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
             self._capture = Capture(
@@ -166,18 +174,22 @@ class Eva(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        statistics = self._capture.collect() if self._capture is not None else None
+        with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):  # of a careless loop
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        statistics = self._capture.collect(self.grad_scaler) if self._capture is not None else None
         stacks = self._stacks(statistics)
         look = self._look(stacks, statistics)
         if look.sound is not None and can_read(look.sound):
             if not look.sound.numpy():
-                return loss
+                return
             look.sound = None
         if self.config.base == "sgd":
             self._sgd_step(stacks, statistics, look)
         else:
             self._adamw_step(stacks, statistics, look)
-        return loss
 
     def _stacks(self, statistics: Sequence[Statistics] | None) -> list[Stack]:
         """The layers that this step preconditions, in stacks."""
