@@ -11,6 +11,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .optimizer import Eva
+
 
 @dataclass
 class Times:
@@ -75,6 +77,10 @@ class EvaCallback(TrainerCallback, ExportableState):
         self.times = Times(**saved["attributes"]["times"]) if saved else Times()
         self._logged = Times(**vars(self.times))
         self._events.clear()
+        prepared = kwargs.get("optimizer")  # by Accelerate, which knows the scaler, and with Eva inside
+        optimizer = getattr(prepared, "optimizer", prepared)
+        if isinstance(optimizer, Eva) and optimizer.grad_scaler is None:
+            optimizer.grad_scaler = getattr(prepared, "scaler", None)
         self._train_started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

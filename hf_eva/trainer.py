@@ -164,7 +164,6 @@ class EvaTrainerMixin(_AnyTrainer):
             optimizer: tuple[Any, Any] = super().get_optimizer_cls_and_kwargs(args, model)
             return optimizer
         cls, options = eva_class_and_kwargs(args, model)
-        options["grad_scaler"] = self.accelerator.scaler
         # A trainer may give parameters of its own, such as those of a loss: it is asked with a name that it knows.
         stock = copy.copy(args)
         stock.optim = "adamw_torch"
