@@ -174,7 +174,8 @@ class Eva(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):  # of a careless loop
+        device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+        with torch.autocast(device.type, enabled=False):  # of a loop that steps inside its context
             self._step()
         return loss
 
