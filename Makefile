@@ -18,7 +18,7 @@ LOWEST  ?= accelerate==1.4.0 peft==0.18.0 transformers==5.6.0
 TESTS   ?= tests
 # What meets transformers and accelerate, for `make test-lowest`.
 LOWEST_TESTS ?= $(wildcard tests/test_imports.py tests/test_registration.py tests/test_callbacks.py tests/test_*trainer*.py \
-                           tests/test_model_card.py tests/test_main.py tests/scripts/test_finetune*.py)
+                           tests/test_model_card.py tests/test_main.py tests/scripts/test_finetune*.py tests/equivalence)
 WORKERS ?= 2
 
 CONFIG  ?= configs/compare/cpu.yaml

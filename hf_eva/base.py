@@ -1,8 +1,13 @@
-"""The rules that turn gradients or preconditioned directions into new weights, on lists of tensors."""
+"""
+The rules that turn gradients or preconditioned directions into new weights, on lists of tensors.
+
+Where a rule is given `sound`, a 0-dim tensor of booleans that is False, nothing changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +15,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .shards import axes_of, like, local
+from .shards import axes_of, local
+from .soundness import replace_unless_
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
 
@@ -28,7 +34,7 @@ def can_fuse(params: Iterable[Tensor | dict[str, Any]]) -> bool:
     return precise and all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in tensors)
 
 
-def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any]) -> None:
+def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], sound: Tensor | None = None) -> None:
     """One step of `torch.optim.AdamW`, through its functional form and with its state, for parameters with `.grad`."""
     for parameter in parameters:
         entry = state[parameter]
@@ -40,32 +46,43 @@ def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any])
             entry["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     entries = [state[parameter] for parameter in parameters]
     beta1, beta2 = group["betas"]
-    adamw(
-        [local(parameter) for parameter in parameters],
-        [_grad(parameter) for parameter in parameters],
-        [local(entry["exp_avg"]) for entry in entries],
-        [local(entry["exp_avg_sq"]) for entry in entries],
-        [],
-        [entry["step"] for entry in entries],
-        foreach=group["foreach"],
-        fused=group["fused"],
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+    # Steps that are counted on the host go on: to undo one, the host would have to wait for the device.
+    kept = [t for p, entry in zip(parameters, entries, strict=True) for t in entry.values() if t.device == p.device]
+    with _undone_unless(sound, group["fused"], [*parameters, *kept]) as found_inf:
+        adamw(
+            [local(parameter) for parameter in parameters],
+            [_grad(parameter) for parameter in parameters],
+            [local(entry["exp_avg"]) for entry in entries],
+            [local(entry["exp_avg_sq"]) for entry in entries],
+            [],
+            [entry["step"] for entry in entries],
+            foreach=group["foreach"],
+            fused=group["fused"],
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
-def row_adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], factor: float) -> None:
+def row_adamw_(
+    parameters: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    state: State,
+    group: Mapping[str, Any],
+    factor: float,
+    sound: Tensor | None = None,
+) -> None:
     """
     AdamW with one second moment per row, the mean over its entries, and `factor` times the learning rate; for
-    embeddings, whose rows are the parameters of one token each.
+    embeddings, whose rows are the parameters of one token each. `squares` are the [`mean_squares`] of the gradients.
     """
     beta1, beta2 = group["betas"]
-    for parameter in parameters:
+    for parameter, square in zip(parameters, squares, strict=True):
         entry = state[parameter]
         if "exp_avg" not in entry:
             if axes_of(parameter)[1].mesh is not None:
@@ -79,45 +96,86 @@ def row_adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, A
             entry["exp_avg_sq"] = torch.zeros_like(
                 parameter[:, :1], dtype=precise, memory_format=torch.contiguous_format
             )
-        entry["step"] += 1
+        here = None if sound is None else sound.to(parameter.device)
+        entry["step"] += 1 if here is None else here
         start1, start2 = 1 - beta1 ** entry["step"], 1 - beta2 ** entry["step"]
+        # An average of itself stays as it is, to the last bit.
+        second = local(entry["exp_avg_sq"])
+        second.lerp_(replace_unless_(here, square.to(second.dtype), second), 1 - beta2)
+        scales = replace_unless_(here, ((second / start2).sqrt().add_(group["eps"]) * start1).reciprocal_(), 0.0)
         per_block = max(1, BLOCK // parameter.shape[1]) if parameter.device.type == "cpu" else len(parameter)
-        tensors = local(parameter), _grad(parameter), local(entry["exp_avg"]), local(entry["exp_avg_sq"])
-        for weight, grad, first, second in zip(*(t.split(per_block) for t in tensors), strict=True):
-            first.lerp_(grad, 1 - beta1)
-            second.lerp_(_mean_squares(grad).to(second.dtype), 1 - beta2)
-            scale = ((second / start2).sqrt().add_(group["eps"]) * start1).reciprocal_()
-            decoupled_(weight, first, scale, group["lr"] * factor, group["weight_decay"] / factor)
+        tensors = local(parameter), _grad(parameter), local(entry["exp_avg"]), scales
+        for weight, grad, first, scale in zip(*(t.split(per_block) for t in tensors), strict=True):
+            first.lerp_(replace_unless_(here, grad, first), 1 - beta1)
+            decoupled_(weight, first, scale, group["lr"] * factor, group["weight_decay"] / factor, here)
+
+
+def mean_squares(parameter: Tensor) -> Tensor:
+    """The mean square of each row that this process holds of a gradient `(n, d)`, of shape `(n, 1)`."""
+    rows = _grad(parameter)
+    norms: Tensor = torch.linalg.vector_norm(
+        rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
+    )
+    return norms.square() / rows.shape[1]
 
 
 def sgd_(
-    parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], momentum: float, nesterov: bool
+    parameters: Sequence[Tensor],
+    state: State,
+    group: Mapping[str, Any],
+    momentum: float,
+    nesterov: bool,
+    sound: Tensor | None = None,
 ) -> None:
     """One step of `torch.optim.SGD`, through its functional form and with its state, for parameters with `.grad`."""
-    kept = [state[parameter].get("momentum_buffer") for parameter in parameters]
-    buffers = [None if buffer is None else local(buffer) for buffer in kept]
-    sgd(
-        [local(parameter) for parameter in parameters],
-        [_grad(parameter) for parameter in parameters],
-        buffers,
-        foreach=group["foreach"],
-        fused=group["fused"],
-        weight_decay=group["weight_decay"],
-        momentum=momentum,
-        lr=group["lr"],
-        dampening=0.0,
-        nesterov=nesterov,
-        maximize=False,
-    )
-    if momentum != 0:
-        for parameter, before, buffer in zip(parameters, kept, buffers, strict=True):
-            if before is None:
-                assert buffer is not None
-                state[parameter]["momentum_buffer"] = like(parameter, buffer)
+    for parameter in parameters:
+        if momentum != 0 and state[parameter].get("momentum_buffer") is None:
+            zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state[parameter]["momentum_buffer"] = zeros
+    buffers = [state[parameter].get("momentum_buffer") for parameter in parameters]
+    # On a CPU, torch 2.13's fused SGD computes something else in bfloat16.
+    fused = group["fused"] and not any(_grad(parameter).is_sparse for parameter in parameters)
+    kept = [buffer for buffer in buffers if buffer is not None]
+    with _undone_unless(sound, fused, [*parameters, *kept]) as found_inf:
+        sgd(
+            [local(parameter) for parameter in parameters],
+            [_grad(parameter) for parameter in parameters],
+            [None if buffer is None else local(buffer) for buffer in buffers],
+            foreach=group["foreach"],
+            fused=fused,
+            found_inf=found_inf,
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+        )
 
 
-def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: float, nesterov: bool) -> None:
+@contextmanager
+def _undone_unless(sound: Tensor | None, fused: bool | None, tensors: Sequence[Tensor]) -> Iterator[Tensor | None]:
+    """Yields what makes torch's fused rules skip a step; that of others is undone, at the price of a copy."""
+    if sound is None or fused:
+        yield None if sound is None else sound.logical_not().float()
+        return
+    parts = [local(tensor) for tensor in tensors]
+    before = [part.clone() for part in parts]
+    yield None
+    for tensor, old in zip(parts, before, strict=True):
+        torch.where(sound.to(tensor.device), tensor, old, out=tensor)
+
+
+def momentum_(
+    gradients: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    momentum: float,
+    nesterov: bool,
+    sound: Tensor | None = None,
+) -> None:
     """`M ← β M + (1 − β) G`, then `G ← M`, or with Nesterov `G ← β M + (1 − β) G`; for contiguous tensors."""
+    for gradient, buffer in zip(gradients, buffers, strict=True):
+        replace_unless_(sound, gradient, buffer)  # an average of itself stays as it is, to the last bit
     pairs = list(zip(gradients, buffers, strict=True))
     if pairs and pairs[0][0].device.type == "cpu":  # in blocks: the second operation finds in the cache what it needs
         pairs = [blocks for pair in pairs for blocks in zip(*(t.view(-1).split(BLOCK) for t in pair), strict=True)]
@@ -132,23 +190,21 @@ def momentum_(gradients: Sequence[Tensor], buffers: Sequence[Tensor], momentum: 
             gradient.copy_(buffer)
 
 
-def decoupled_(parameter: Tensor, update: Tensor, scales: Tensor, lr: float, weight_decay: float) -> None:
-    """`W ← (1 − lr · weight_decay) W − lr · scales · P`, for scales that broadcast."""
-    if weight_decay:
-        parameter.mul_(1 - lr * weight_decay)
+def decoupled_(
+    parameter: Tensor, update: Tensor, scales: Tensor, lr: float, weight_decay: float, sound: Tensor | None = None
+) -> None:
+    """`W ← (1 − lr · weight_decay) W − lr · scales · P`, for scales that broadcast, and are 0 where not `sound`."""
+    if sound is None:
+        if weight_decay:
+            parameter.mul_(1 - lr * weight_decay)
+    elif weight_decay:  # no factor: close to 1, it would lose its digits in low precision
+        parameter.addcmul_(parameter, sound.to(parameter.dtype), value=-lr * weight_decay)
     parameter.addcmul_(update, scales, value=-lr)
 
 
 def _grad(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return local(parameter.grad)
-
-
-def _mean_squares(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(
-        rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
-    )
-    return norms.square() / rows.shape[1]
 
 
 def _step_dtype() -> torch.dtype:

@@ -179,7 +179,10 @@ class EvaCallback(TrainerCallback, ExportableState):
         self._step, self._optimizer_step = _Stopwatch(), _Stopwatch()
         for hook in self._hooks:  # the events of the Trainer take their place
             hook.remove()
-        self._watch(kwargs.get("optimizer"))
+        prepared = kwargs.get("optimizer")  # by Accelerate, which knows the scaler
+        optimizer = self._watch(prepared)
+        if isinstance(optimizer, Eva) and optimizer.grad_scaler is None:
+            optimizer.grad_scaler = getattr(prepared, "scaler", None)
         self._train_started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

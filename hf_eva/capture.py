@@ -75,7 +75,7 @@ class Capture:
         self._starts = [0, *accumulate(map(sum, self._sizes))]
         handles: list[RemovableHandle] = []
         self.models, self.scopes = scopes_of(model, [layer.name for layer in self.layers])
-        self.mask_padding, self.committed, self.warned = mask_padding, False, False
+        self.mask_padding, self.committed, self.warned, self.saw_float16 = mask_padding, False, False, False
         for name, scope in self.models.items():
             if mask_padding or not name:
                 hook = _Hook(self, _before_model, scope)
@@ -105,19 +105,34 @@ class Capture:
         else:
             self._buffer = None
 
-    def collect(self) -> list[Statistics]:
+    def collect(self, scaler: Any = None) -> list[Statistics]:
         """
         The statistics of the window, one entry per layer, and a new window. Where several processes train it runs one
         all-reduce, also in a process that called no layer: the others wait for it.
+
+        Args:
+            scaler (`GradScaler`, *optional*): what has multiplied the loss, and with it all output gradients.
+
+        Raises:
+            RuntimeError: output gradients came in float16, and nothing tells what they were multiplied with.
         """
+        if self.saw_float16 and scaler is None:
+            raise RuntimeError(
+                "Output gradients in float16 are multiplied by a loss scale, which their statistics must not be. Hand "
+                "the scaler to the optimizer, as in create_eva_optimizer(..., grad_scaler=accelerator.scaler), or "
+                "torch.amp.GradScaler(enabled=False) where there is none; EvaTrainer does so by itself. Or train in "
+                "bfloat16, or take a variant that does not look at output gradients: 'eva_s' or 'eva_f'."
+            )
         buffer = self._allocated(self.layers[0].weight.device)
+        # What the scaler makes of 1: it tells its scale by itself only to a host that waits for it.
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), dtype=buffer.dtype, device=buffer.device))
         processes = sum_over_processes_(buffer)
         statistics = []
         for start, sizes in zip(self._starts, self._sizes, strict=False):
             tokens, a, a_square, g, g_square = buffer.narrow(0, start, sum(sizes)).split(sizes)
             count = tokens.clamp_min(1)
             # A process's gradients belong to its own mean loss; the loss of all is the mean over processes.
-            g, g_square = g / processes, count * g_square / processes**2
+            g, g_square = g / processes / scale, count * (g_square / processes**2 / scale / scale)
             statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count)[0], g, g_square[0]))
         buffer.zero_()
         return statistics
@@ -221,6 +236,7 @@ def _commit(
         inputs, outputs = slot.split([len(sums), len(slot) - len(sums)])
         inputs.add_(sums.to(inputs.device))
         if capture.with_output_gradients:
+            capture.saw_float16 |= grad.dtype == torch.float16
             delta_sum, delta_square = capture.layers[index].kind.output_gradient_sums(grad, sums.dtype)
             outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
 

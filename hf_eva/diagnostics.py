@@ -107,15 +107,18 @@ def _curvature_norms(stack: Stack, state: State) -> Tensor:
     """The largest eigenvalue of each layer's curvature of inputs and of outputs, `(n, 2)`; NaN where there is none."""
     keys = state[stack.layers[0].weight]
     if "eva_v0" in keys:
-        axes = [_largest(stack.read(state, key)) for key in keys if key.startswith("eva_v")]
+        axes = [stack.read(state, key).square().sum(1) for key in keys if key.startswith("eva_v")]
         first, others = axes[0], torch.stack(axes[1:]).prod(0)
         sides: Iterator[Tensor] | Sequence[Tensor] = (first, others) if stack.kind.is_transposed else (others, first)
     else:
         nothing = torch.full_like(stack.read(state, "eva_updates"), math.nan)
-        sides = (_largest(stack.read(state, key)) if key in keys else nothing for key in ("eva_a", "eva_g"))
+        sides = (_largest(stack, state, key) if key in keys else nothing for key in ("eva_a", "eva_g"))
     return torch.stack(list(sides), dim=1)
 
 
-def _largest(values: Tensor) -> Tensor:
-    """Of vectors `(n, d)` their squares, of bases `(n, d, r)`, see [`formula.factor_levels`], the longest column."""
-    return values.square().sum(1) if values.ndim == 2 else column_norms(values).amax(1)
+def _largest(stack: Stack, state: State, key: str) -> Tensor:
+    """Of vectors `(n, d)` their squares, of bases `(n, d, r)`, which are in units of the trace, the longest column."""
+    values = stack.read(state, key)
+    if values.ndim == 2:
+        return values.square().sum(1)
+    return column_norms(values).amax(1) * stack.read(state, "eva_square")

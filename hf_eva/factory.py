@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import EvaConfig
@@ -26,6 +27,7 @@ def create_eva_optimizer(
     eps: float = 1e-8,
     foreach: bool | None = None,
     fused: bool | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> Eva:
     """
     One optimizer for all trainable parameters of a model, ready for `accelerator.prepare`.
@@ -36,7 +38,7 @@ def create_eva_optimizer(
         weight_decay (`float`, defaults to 0.0): for weight matrices; biases and the parameters of norms get none.
         config ([`EvaConfig`], *optional*): defaults to the recipe, `EvaConfig()`.
         include, exclude (`str` or list of `str`, *optional*): which layers to precondition, see [`plan`].
-        betas, eps, foreach, fused: see [`Eva`].
+        betas, eps, foreach, fused, grad_scaler: see [`Eva`].
 
     Raises:
         ValueError: a filter matches nothing, the model has no layer to precondition, or a value is out of range.
@@ -64,4 +66,5 @@ def create_eva_optimizer(
         config=config,
         foreach=foreach,
         fused=fused,
+        grad_scaler=grad_scaler,
     )

@@ -85,9 +85,11 @@ def eva(
     a_norm, (image,) = _dot(a, a), (yield from part.columns.sum(_apply(grads, part.columns.take(a))))
     if biases is not None:
         a_norm, image = a_norm + 1, image + biases
-    (inner,) = yield from part.rows.sum(_dot(part.rows.take(g), image))
-    coefficient = inner / _damped(a_norm * _dot(g, g), damping, relative)
-    return _rank_one(-part.rows.take(g) * coefficient.unsqueeze(1), part.columns.take(a), image)
+    unit, g_norm = _unit(g)
+    unit = part.rows.take(unit)
+    (inner,) = yield from part.rows.sum(_dot(unit, image))
+    coefficient = inner / _damped(a_norm, damping if relative else damping / g_norm, relative)
+    return _rank_one(-unit * coefficient.unsqueeze(1), part.columns.take(a), image)
 
 
 def eva_f(
@@ -112,16 +114,24 @@ def eva_s(
     order k ≥ 2 as matrices `(n, d_1, d_2 ⋯ d_k)`. `relative` is as in [`eva`]; that `P` gets the norm of `G` is left
     to [`restore_norms_`].
     """
-    first, last = vectors[0], vectors[1]
-    for vector in vectors[2:]:
+    (first, norm), (last, last_norm), *others = (_unit(vector) for vector in vectors)
+    shift = damping if relative else damping / norm / last_norm
+    for vector, other_norm in others:
         last = (last.unsqueeze(2) * vector.unsqueeze(1)).flatten(1)
-    (image,) = yield from part.columns.sum(_apply(grads, part.columns.take(last)))
-    (inner,) = yield from part.rows.sum(_dot(part.rows.take(first), image))
-    coefficient = inner / _damped(_dot(first, first) * _dot(last, last), damping, relative)
-    return _rank_one(-part.rows.take(first) * coefficient.unsqueeze(1), part.columns.take(last), image)
+        shift = shift if relative else shift / other_norm
+    first, last = part.rows.take(first), part.columns.take(last)
+    (image,) = yield from part.columns.sum(_apply(grads, last))
+    (inner,) = yield from part.rows.sum(_dot(first, image))
+    return _rank_one(-first * (inner / (1 + shift)).unsqueeze(1), last, image)
 
 
-def _damped(curvature: Tensor, damping: float, relative: bool) -> Tensor:
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors of norm 1, or 0 where they are zero, and their squared norms: products of these may overflow."""
+    squares = _dot(vectors, vectors)
+    return vectors / squares.sqrt().clamp_min(math.sqrt(_least(vectors))).unsqueeze(1), squares
+
+
+def _damped(curvature: Tensor, damping: float | Tensor, relative: bool) -> Tensor:
     return curvature + ((damping * curvature).clamp_min(_TINY) if relative else damping)
 
 
@@ -170,20 +180,24 @@ def rescale_factor(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 def factor_levels(bases: Tensor, traces: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
     """
-    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`.
+    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`. Everything is
+    in units of the trace of `F`, so that gradients of any size can be squared twice.
 
     Args:
-        bases (`Tensor` of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms.
-        traces (`Tensor` of shape `(n,)`): trace of `F`. What the r vectors do not explain is spread evenly, as `ρ`.
-        damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `trace / d`.
+        bases (`Tensor` of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms. What
+            the r vectors do not explain of the trace, which is 1, is spread evenly, as `ρ`.
+        traces (`Tensor` of shape `(n,)`): trace of `F`.
+        damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `1 / d`,
+            otherwise in those of `F`.
 
     Returns:
         `U` of shape `(n, d, r)`, and `ℓ` and `level = (ℓ + ε) / (ρ + ε) ≥ 1` of shape `(n, r)`.
     """
     dimension, rank = bases.shape[1:]
-    values, traces = column_norms(bases), traces.unsqueeze(1)
-    rest = (traces - values.sum(1, keepdim=True)).clamp_min(0.0) / max(dimension - rank, 1)
-    shift = (damping * traces / dimension if relative else damping) + _TINY
+    values = column_norms(bases)
+    rest = (1 - values.sum(1, keepdim=True)).clamp_min(0.0) / max(dimension - rank, 1)
+    shift = damping / dimension if relative else damping / traces.clamp_min(_least(traces)).unsqueeze(1)
+    shift = shift + _TINY
     return unit_columns(bases, values), values, ((values + shift) / (rest + shift)).clamp_min(1.0)
 
 
@@ -198,8 +212,8 @@ def factored(
     """
     `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out, but not both.
 
-    With `corrections` of shape `(n,)`, which divide `G` as Adam's do its momentum, p is `exponent` for a direction
-    whose `G` is noise and goes down to half of it where gradients agree:
+    With `corrections` of shape `(n,)`, which divide `G` as Adam's do its momentum and bring it to the units of `ℓ`, p
+    is `exponent` for a direction whose `G` is noise and goes down to half of it where gradients agree:
     `p = exponent · (1 − ½ min(1, ‖uᵀĜ‖ / sqrt(ℓ)))`. Where they agree, `ℓ` is the square of what is to be followed,
     and both sides to the power ½ would turn it upside down.
     """
@@ -234,29 +248,37 @@ def _power(levels: Tensor, exponent: float, lengths: Tensor, values: Tensor, cor
 
 
 class Images(NamedTuple):
-    """Of bases of unit columns: `[G U_A, U_B]`, its image under `Gᵀ`, and `(G Gᵀ) U_B`; all `(n, d, columns)`."""
+    """
+    Of bases of unit columns and a `G` of norm 1: `[G U_A, U_B]`, its image under `Gᵀ`, and `(G Gᵀ) U_B`; all
+    `(n, d, columns)`.
+    """
 
     left: Tensor
     right: Tensor
     outer: Tensor
 
 
-def subspace_images(grads: Tensor, output: Tensor, input: Tensor, part: Part = WHOLE) -> Routine[Images]:
-    """All that is known of `G` through both bases, whole, in three reads of it."""
-    (image,) = yield from part.columns.sum(grads.bmm(part.columns.take(input)))
+def subspace_images(
+    grads: Tensor, output: Tensor, input: Tensor, squares: Tensor, part: Part = WHOLE
+) -> Routine[Images]:
+    """All that is known of `G / ‖G‖` through both bases, whole, in three reads of `G`, whose `‖G‖²` are given."""
+    scales = _over(inverse(squares).sqrt(), grads)
+    (image,) = yield from part.columns.sum(grads.bmm(part.columns.take(input) * scales))
     left = torch.cat([image, part.rows.take(output)], 2)
-    (right,) = yield from part.rows.sum(left.mT.bmm(grads).mT)  # in this order, G is read along its rows
-    outer = grads.bmm(right[:, :, input.shape[2] :])
+    # In this order, G is read along its rows.
+    (right,) = yield from part.rows.sum((left * scales).mT.bmm(grads).mT)
+    outer = grads.bmm(right[:, :, input.shape[2] :] * scales)
     outer, right = yield from part.columns.sum(outer, part.columns.spread(right))
     left, outer = yield from part.rows.sum(part.rows.spread(left), part.rows.spread(outer))
     return Images(left, right, outer)
 
 
 def subspace_step(
-    grads: Tensor, output: Tensor, input: Tensor, weights: Tensor, part: Part = WHOLE
+    grads: Tensor, output: Tensor, input: Tensor, weights: Tensor, squares: Tensor, part: Part = WHOLE
 ) -> Routine[tuple[Tensor, Tensor]]:
     """
-    Follow the leading eigenvectors of the running averages of `G Gᵀ` and `Gᵀ G`, by one more gradient.
+    Follow the leading eigenvectors of the running averages of `G Gᵀ` and `Gᵀ G`, by one more gradient. Here `G` stands
+    for gradients divided by their norms, whose squares are given, so that those of any size can be squared twice.
 
     Bases of shape `(n, d, r)` hold `U diag(ℓ)`, the largest ℓ last. On the output side, the average
     `(1 − w) U_B diag(ℓ) U_Bᵀ + w G Gᵀ` is solved exactly within the span of `U_B` and of `G U_A`, by Rayleigh and
@@ -265,7 +287,7 @@ def subspace_step(
     """
     norms = column_norms(output), column_norms(input)
     inner, rank = unit_columns(input, norms[1]), norms[1].shape[1]
-    left, right, outer_image = yield from subspace_images(grads, unit_columns(output, norms[0]), inner, part)
+    left, right, outer_image = yield from subspace_images(grads, unit_columns(output, norms[0]), inner, squares, part)
     new_output = _ritz_step(norms[0], left, right, weights)
     columns, images = torch.cat([right[:, :, rank:], inner], 2), torch.cat([outer_image, left[:, :, :rank]], 2)
     new_input = _ritz_step(norms[1], columns, images, weights)
@@ -314,18 +336,26 @@ def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:
 
 
 def find_bases(
-    grads: Tensor, output: Tensor, input: Tensor, valid: Tensor, part: Part = WHOLE
+    grads: Tensor, output: Tensor, input: Tensor, valid: Tensor, squares: Tensor, part: Part = WHOLE
 ) -> Routine[tuple[Tensor, Tensor]]:
-    """Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, for the layers that are `valid`."""
+    """
+    Turn guesses `U_B` and `U_A` to the dominant subspaces of first gradients, whose `‖G‖²` are given, for the layers
+    that are `valid`.
+    """
     valid = _over(valid, output)
     for _ in range(ITERATIONS):
-        _, right, outer_image = yield from subspace_images(grads, output, input, part)
+        _, right, outer_image = yield from subspace_images(grads, output, input, squares, part)
         images = outer_image, right[:, :, : input.shape[2]]
         output, input = (
             torch.where(valid, torch.linalg.qr(image.nan_to_num())[0], basis).contiguous()  # as bases that are read
             for basis, image in zip((output, input), images, strict=True)
         )
     return output, input
+
+
+def inverse(squares: Tensor) -> Tensor:
+    """`1 / ‖G‖²`, a finite number also where that is 0."""
+    return squares.clamp_min(_least(squares)).reciprocal()
 
 
 def row_shares(squares: Tensor) -> Tensor:
@@ -421,3 +451,8 @@ def _over(values: Tensor, stack: Tensor) -> Tensor:
 
 def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
+
+
+def _least(tensor: Tensor) -> float:
+    """The least number that has an inverse."""
+    return torch.finfo(tensor.dtype).tiny

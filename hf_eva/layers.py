@@ -157,7 +157,11 @@ class Layer:
     @property
     def weight(self) -> nn.Parameter:
         weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
+        if not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                f"Layer {self.name!r} has no weight of its own any more: a parametrization computes it. Make the "
+                "optimizer after the parametrization, or exclude the layer."
+            )
         return weight
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -17,8 +18,10 @@ from .config import EvaConfig
 from .diagnostics import LastStep, correction_sums, row_sums
 from .layers import Layer, working_dtype
 from .selection import Plan, embeddings_of, statistics_shapes
-from .shards import Routine, local, refusal, together
+from .shards import Routine, axes_of, local, refusal, together, whole_sum
+from .soundness import Watch, can_read, replace_unless_, squared_norms_of
 from .stacks import Scratch, Stack, stacks_of
+from .state import follow_, refuse_unsound
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,17 @@ class _Seen:
     factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass
+class _Look:
+    """
+    What a first look at all gradients tells: `squares` are `‖G‖²` by the id of the parameter, 0-dim, or for embeddings
+    the mean squares of rows, `(rows, 1)`. `sound` says on the device whether there is a step; `None` where there is.
+    """
+
+    squares: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    sound: Tensor | None = None
+
+
 class Eva(torch.optim.Optimizer):
     """
     Second-order training with vectors instead of matrices (Zhang, Shi and Li, ICLR 2023, arXiv 2308.02123).
@@ -65,8 +79,14 @@ class Eva(torch.optim.Optimizer):
             decay is decoupled with base `"adamw"` and coupled, after preconditioning, with base `"sgd"`.
         plan ([`Plan`]): the layers to precondition, from [`plan`].
         config ([`EvaConfig`], *optional*): defaults to the recipe, `EvaConfig()`.
-        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. AdamW defaults
-            to the fused one wherever there is one.
+        foreach, fused (`bool`, *optional*): implementation of the base rule, as in `torch.optim.AdamW`. Defaults to
+            the fused one wherever there is one.
+        grad_scaler (`torch.amp.GradScaler`, *optional*): what scales the loss under fp16. Needed by variant `"eva"`
+            only, whose statistics of output gradients are taken before they are unscaled.
+
+    A step is taken as a whole or not at all: where a gradient, or a statistic that a step would use, is not finite, or
+    its square is not, weights, momentum and statistics of all parameters stay as they are, and a warning names the
+    parameter once. Not with variant `"none"`, which is torch's optimizer.
 
     Raises:
         ValueError: a value is out of range, or a planned weight is not among `params`.
@@ -84,6 +104,7 @@ class Eva(torch.optim.Optimizer):
         config: EvaConfig | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         for name, value, valid, expected in (
             ("lr", lr, isinstance(lr, float | int) and lr >= 0, "a number in [0, inf)"),
@@ -96,8 +117,8 @@ class Eva(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be {expected}, got {value!r}.")
         self.config = config or EvaConfig()
         params = list(params)  # type: ignore[assignment]
-        # Not for SGD: on a CPU, torch 2.13's fused one computes something else in bfloat16.
-        if foreach is None and fused is None and self.config.base == "adamw":
+        # Without layers SGD is torch's, bit for bit, whose default is another implementation.
+        if foreach is None and fused is None and (self.config.base == "adamw" or self.config.variant != "none"):
             fused = base.can_fuse(params) or None
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "foreach": foreach, "fused": fused})
@@ -111,12 +132,14 @@ class Eva(torch.optim.Optimizer):
                     "optimizer: give all parameters of the planned model, or exclude that layer from the plan."
                 )
         self._embeddings = embeddings_of(plan.model, self.config)
+        self.grad_scaler = grad_scaler
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
             self._capture = Capture(
                 plan.model, self.layers, self.config.needs_output_gradients, self.config.mask_padding
             )
         self._warned: set[int] = set()
+        self._watch = Watch(partial(_name_in, plan))
         self._steps, self._is_rehearsal = 0, False
         self._last = LastStep()
         self._scratch = Scratch()
@@ -158,7 +181,13 @@ class Eva(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        statistics = self._capture.collect() if self._capture is not None else None
+        device = next(parameter.device for group in self.param_groups for parameter in group["params"])
+        with torch.autocast(device.type, enabled=False):  # of a loop that steps inside its context
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        statistics = self._capture.collect(self.grad_scaler) if self._capture is not None else None
         # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The
         # read of device values happens only where this process has called no layer: another one may have.
         self._is_rehearsal = (
@@ -167,11 +196,15 @@ class Eva(torch.optim.Optimizer):
             and not any(bool(values.tokens > 0) for values in statistics or ())
         )
         stacks = self._stacks(statistics)
+        look = self._look(stacks, statistics)
+        if look.sound is not None and can_read(look.sound):
+            if not look.sound.numpy():
+                return
+            look.sound = None
         if self.config.base == "sgd":
-            self._sgd_step(stacks, statistics)
+            self._sgd_step(stacks, statistics, look)
         else:
-            self._adamw_step(stacks, statistics)
-        return loss
+            self._adamw_step(stacks, statistics, look)
 
     def diagnostics(self, layers: bool = True) -> dict[str, float]:
         """
@@ -201,6 +234,11 @@ class Eva(torch.optim.Optimizer):
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         ready = []
         for index, layer in enumerate(self.layers):
+            if id(layer.weight) not in groups:
+                raise RuntimeError(
+                    f"Layer {layer.name!r} has got another weight since the optimizer was made, which nothing trains: "
+                    "make the optimizer after the model has its weights (`to_empty` and assignments replace them)."
+                )
             gradient = layer.weight.grad
             if gradient is None:
                 continue
@@ -224,30 +262,59 @@ class Eva(torch.optim.Optimizer):
         ]
         if key != self._stacked[0]:
             self._stacked = key, stacks_of(ready)
+            own = {id(layer.weight) for layer in self.layers} | self._by_rows
+            follow_(self.state, self.param_groups, own, self.config.base == "sgd")
         return self._stacked[1]
 
-    def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
+    @property
+    def _by_rows(self) -> set[int]:
+        """The ids of the weights of embeddings."""
+        return {id(module.weight) for module in self._embeddings}
+
+    def _look(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> _Look:
+        """Judge all gradients and statistics; not without preconditioning, where nothing is to differ from torch."""
+        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.config.variant == "none" or not present:
+            return _Look()
+        by_rows = self._by_rows
+        others = [parameter for parameter in present if id(parameter) not in by_rows]
+        rows = {id(p): base.mean_squares(p) for p in present if id(p) in by_rows}
+        found = zip(others, squared_norms_of([local(parameter.grad) for parameter in others]), strict=True)
+        squares = {id(parameter): square for parameter, square in found}
+        numbers = [(p, rows[id(p)].sum() if id(p) in rows else squares[id(p)]) for p in present]
+        sums = together(whole_sum(axes_of(parameter), square) for parameter, square in numbers)
+        numbers = [(parameter, total) for (parameter, _), total in zip(numbers, sums, strict=True)]
+        squares = {id(parameter): total for parameter, total in numbers}
+        if statistics is not None:
+            used = [pair for stack in stacks for pair in zip(stack.weights, stack.indices, strict=True)]
+            numbers += [(weight, statistics[index].a_square) for weight, index in used]
+            numbers += [(weight, statistics[index].g_square) for weight, index in used]
+        return _Look(squares | rows, self._watch.judge(numbers))
+
+    def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None, look: _Look) -> None:
         """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
-        together(self._adamw_stack(stack, statistics) for stack in stacks)
-        planned = {id(layer.weight) for stack in stacks for layer in stack.layers}
-        by_rows = {id(module.weight) for module in self._embeddings}
+        together(self._adamw_stack(stack, statistics, look) for stack in stacks)
+        planned, by_rows = {id(weight) for stack in stacks for weight in stack.weights}, self._by_rows
         for group in self.param_groups:
             others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
             embeddings = [parameter for parameter in others if id(parameter) in by_rows]
-            base.row_adamw_(embeddings, self.state, group, EMBEDDING_FACTOR)
+            squares = [look.squares[id(parameter)] for parameter in embeddings]
+            base.row_adamw_(embeddings, squares, self.state, group, EMBEDDING_FACTOR, look.sound)
             if len(embeddings) < len(others):
-                base.adamw_([p for p in others if id(p) not in by_rows], self.state, group)
+                base.adamw_([p for p in others if id(p) not in by_rows], self.state, group, look.sound)
 
-    def _adamw_stack(self, stack: Stack, statistics: Sequence[Statistics] | None) -> Routine[None]:
+    def _adamw_stack(self, stack: Stack, statistics: Sequence[Statistics] | None, look: _Look) -> Routine[None]:
         config = self.config
         gradients = stack.gradients(self._scratch)
-        seen = yield from self._observe(stack, gradients, statistics)
+        sound = None if look.sound is None else look.sound.to(gradients.device)
+        seen = yield from self._observe(stack, gradients, statistics, look)
         momenta = [local(self._momentum(layer)) for layer in stack.layers]
-        base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov)
-        scales = yield from self._precondition_and_scale_(stack, gradients, seen)
+        base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov, sound)
+        scales = replace_unless_(sound, (yield from self._precondition_and_scale_(stack, gradients, seen)), 0.0)
+        lr, weight_decay = stack.group["lr"], stack.group["weight_decay"]
         for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
             rows = layer.kind.rows(scale, update.ndim)
-            base.decoupled_(local(layer.weight), update, rows, stack.group["lr"], stack.group["weight_decay"])
+            base.decoupled_(local(layer.weight), update, rows, lr, weight_decay, sound)
 
     def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: _Seen) -> Routine[Tensor]:
         """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
@@ -272,10 +339,10 @@ class Eva(torch.optim.Optimizer):
         self._last.keep(stack, row_sums, row_squares, products, squares, scales)
         return of_rows.take(scales)
 
-    def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> None:
+    def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None, look: _Look) -> None:
         """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
         config = self.config
-        done = together(self._sgd_stack(stack, statistics) for stack in stacks)
+        done = together(self._sgd_stack(stack, statistics, look) for stack in stacks)
         updates = [update for stack_updates, _, _ in done for update in stack_updates]
         norms = [norms for _, _, norms in done if norms]
         factor = self._last.factor = self._size_factor(stacks, [inner for _, inner, _ in done], norms)
@@ -284,14 +351,14 @@ class Eva(torch.optim.Optimizer):
         for group in self.param_groups:
             present = [parameter for parameter in group["params"] if parameter.grad is not None]
             if present:
-                base.sgd_(present, self.state, group, config.momentum, config.nesterov)
+                base.sgd_(present, self.state, group, config.momentum, config.nesterov, look.sound)
 
     def _sgd_stack(
-        self, stack: Stack, statistics: Sequence[Statistics] | None
+        self, stack: Stack, statistics: Sequence[Statistics] | None, look: _Look
     ) -> Routine[tuple[list[Tensor], Tensor, tuple[Tensor, Tensor] | None]]:
         """The gradients that hold the directions, `⟨P, G⟩` per layer, and where they are wanted `‖G‖` and `‖P‖`."""
         gradients, biases = stack.gradients(self._scratch), (yield from stack.bias_gradients())
-        seen = yield from self._observe(stack, gradients, statistics)
+        seen = yield from self._observe(stack, gradients, statistics, look)
         inner, norms = yield from self._precondition_(stack, gradients, biases, seen)
         return stack.write_gradients(gradients, biases), inner, norms
 
@@ -309,12 +376,14 @@ class Eva(torch.optim.Optimizer):
             )
         return scale if config.divides_by_damping else None
 
-    def _observe(self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None) -> Routine[_Seen]:
+    def _observe(
+        self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None, look: _Look
+    ) -> Routine[_Seen]:
         """Bring the running averages up to date."""
         for layer in stack.layers:
             self._create_state(layer)
-        (squares,) = yield from stack.part.sum(formula.squared_norms(gradients))
-        valid = (squares > 0) & squares.isfinite()
+        squares = torch.stack([look.squares[id(weight)] for weight in stack.weights])
+        valid = squares > 0 if look.sound is None else (squares > 0) & look.sound.to(squares.device)
         if statistics is None:
             return (yield from self._observe_gradients(stack, gradients, squares, valid))
         return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
@@ -324,7 +393,7 @@ class Eva(torch.optim.Optimizer):
         tokens, a, a_squares, g, g_squares = (
             torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
         )
-        valid = valid & (tokens > 0) & a_squares.isfinite() & g_squares.isfinite()
+        valid = valid & (tokens > 0)
         seen = self._count(stack, squares, valid)
         new = {"eva_a": a, "eva_a_square": a_squares}
         if self.config.needs_output_gradients:
@@ -334,13 +403,17 @@ class Eva(torch.optim.Optimizer):
         if self.config.curvature == "factored":
             for key in ("eva_g", "eva_a"):
                 if key in averages:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
-                    vectors = averages[key] * torch.linalg.vector_norm(averages[key], dim=1, keepdim=True)
-                    seen.factors[key] = self._factors(vectors.unsqueeze(2), averages[f"{key}_square"])
+                    traces = averages[f"{key}_square"]
+                    values = torch.linalg.vector_norm(averages[key], dim=1) * formula.inverse(traces)
+                    seen.factors[key] = self._factors((averages[key] * values.unsqueeze(1)).unsqueeze(2), traces)
         seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
         return seen
 
     def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Routine[_Seen]:
-        """Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`."""
+        """
+        Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
+        average `‖G‖²`.
+        """
         seen = self._count(stack, squares, valid)
         if self.config.curvature == "joint":
             means = yield from formula.axis_means(gradients, stack.axes)
@@ -351,8 +424,10 @@ class Eva(torch.optim.Optimizer):
         output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
         if self._steps <= SEARCH_STEPS:
             first = valid & (seen.updates == 1)
-            output, input = yield from formula.find_bases(matrices, output, input, first, stack.part)
-        output, input = yield from formula.subspace_step(matrices, output, input, seen.weights, stack.part)
+            output, input = yield from formula.find_bases(matrices, output, input, first, squares, stack.part)
+        # The average that `‖G‖²` gets, in its new units.
+        weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
+        output, input = yield from formula.subspace_step(matrices, output, input, weights, squares, stack.part)
         for key, bases in (("eva_g", output), ("eva_a", input)):
             stack.write(self.state, key, bases)
             seen.factors[key] = self._factors(bases, seen.squares)
@@ -389,8 +464,10 @@ class Eva(torch.optim.Optimizer):
         relative = config.damping_mode == "relative"
         if config.curvature == "factored":
             output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
-            starts = starts if config.variant == "eva_s" else None
-            return formula.factored(matrices, output, input, config.exponent, starts, stack.part)
+            corrections = None
+            if starts is not None and config.variant == "eva_s":
+                corrections = starts * seen.squares.sqrt()
+            return formula.factored(matrices, output, input, config.exponent, corrections, stack.part)
         if config.variant == "eva_s":
             vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
             return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)
@@ -459,7 +536,8 @@ class Eva(torch.optim.Optimizer):
         As in `torch.optim.Optimizer`, but statistics and momentum keep their precision in a low-precision model.
 
         Raises:
-            ValueError: the state was saved with other layers or another config; the message lists the differences.
+            ValueError: the state was saved with other layers or another config; the message lists the differences. Or
+                it holds numbers that are not finite.
         """
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -471,8 +549,9 @@ class Eva(torch.optim.Optimizer):
                 f"The saved state does not fit the planned layers and their config: {'; '.join(differences[:3])}"
                 f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
             )
+        refuse_unsound({p: saved[id(p)] for p in parameters if id(p) in saved}, partial(_name_in, self.plan))
         super().load_state_dict(state_dict)
-        by_rows = {id(module.weight) for module in self._embeddings}
+        by_rows = self._by_rows
         precise = by_rows | {id(layer.weight) for layer in self.layers}
         for parameter in parameters:
             if id(parameter) in precise:
@@ -500,6 +579,13 @@ class Eva(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
+
+
+def _name_in(plan: Plan, parameter: Tensor) -> str:
+    """What a reader calls a parameter: the layer whose weight it is, otherwise its own name."""
+    names = {id(own): name for name, own in plan.model.named_parameters()}
+    names |= {id(layer.weight): layer.name for layer in plan.layers}
+    return names.get(id(parameter), "a parameter outside the model")
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:

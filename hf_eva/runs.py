@@ -130,7 +130,7 @@ class Run:
                 # Vectors belong to the published forms, whose factors have one eigenvalue.
                 if factor is None or factor.ndim != 2 or trace is None or not trace > 0:
                     continue
-                shares = (torch.linalg.vector_norm(factor.float(), dim=0) / trace).sort(descending=True).values
+                shares = torch.linalg.vector_norm(factor.float(), dim=0).sort(descending=True).values
                 name = names.get(str(index), f"parameter {index}")
                 spectra.append(Spectrum(name, side, tuple(shares.tolist())))
         return sorted(spectra, key=lambda spectrum: self._order(spectrum.layer))
@@ -169,6 +169,21 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state.get("log_history"), list):
         raise ValueError(f"{path} is not the state of a Trainer: it has no log_history")
     return state
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """
+    The newest whole checkpoint in the output folder of a run, if any: one whose `trainer_state.json`, which is written
+    last, can be read. A run that was killed while it wrote may leave a newer one that is not whole.
+    """
+    found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
+    for _, path in sorted(found.items(), reverse=True):
+        try:
+            read_state(path)
+        except ValueError:
+            continue
+        return str(path)
+    return None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

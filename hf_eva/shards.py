@@ -136,6 +136,13 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
+def whole_sum(axes: Sequence[Axis], value: Tensor) -> Routine[Tensor]:
+    """The sum over all processes that hold parts of a tensor with these axes."""
+    for axis in axes:
+        (value,) = yield from axis.sum(value)
+    return value
+
+
 def together(routines: Iterable[Routine[T]]) -> list[T]:
     """
     Run routines to their ends and return their results. Each is advanced until it waits, in order, so that one that

@@ -36,6 +36,10 @@ class Stack:
     def kind(self) -> LayerKind:
         return self.layers[0].kind
 
+    @property
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]
+
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """What this process holds of each axis of the weights as they are stored."""

@@ -21,7 +21,7 @@ from .facts import run_facts, run_of, save_facts
 from .loss_scale import COUNT, count_items, hides_item_count, ignores_item_count, is_always_a_mean, share_of_window
 from .model_card import write_training_section
 from .registration import NAME, eva_class_and_kwargs
-from .runs import Run, compare, read_facts
+from .runs import Run, compare, last_checkpoint, read_facts
 
 
 def _flags() -> type:
@@ -170,6 +170,11 @@ class EvaTrainerMixin(_AnyTrainer):
         ):
             # Then Trainer divides by the number of micro-batches, and `compute_loss` weighs each of them.
             self.model_accepts_loss_kwargs = False
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:  # Trainer would take the newest, whole or not
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         if args.optim != NAME:

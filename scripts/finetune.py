@@ -46,9 +46,9 @@ from transformers import (
     DataCollatorWithPadding,
     default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_eva import EvaTrainer, EvaTrainingArguments, plan
+from hf_eva.runs import last_checkpoint
 
 # The one without torchvision has a name of its own in newer releases of transformers.
 IMAGE_PROCESSOR = "ViTImageProcessorPil" if hasattr(transformers, "ViTImageProcessorPil") else "ViTImageProcessor"
@@ -101,7 +101,7 @@ def find_checkpoint(args: EvaTrainingArguments, overwrite: bool) -> str | None:
             )
         return None
     is_last = wanted.lower() in ("last", "true")
-    checkpoint = get_last_checkpoint(folder) if is_last and os.path.isdir(folder) else wanted
+    checkpoint = last_checkpoint(folder) if is_last else wanted
     if checkpoint is None or not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
         raise ValueError(f"there is no checkpoint to resume from in {folder if is_last else wanted}")
     return checkpoint
@@ -262,7 +262,8 @@ def prepare(argv: list[str]) -> tuple[EvaTrainer, str | None]:
     model = setup.pop("model_init")()
     if checkpoint and glob(os.path.join(checkpoint, "model.safetensors*")):
         # The Trainer overlooks weights that are saved under their older names, as those of a ViT are.
-        model = type(model).from_pretrained(checkpoint)
+        # Copied, because sums depend on how a file's tensors lie in memory, and the last bit of the run on sums.
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
     # The model knows no column by the name of the images, and the Trainer would drop it.
     args.remove_unused_columns &= data_args.task != "image-classification"
     if args.optim == "eva":

@@ -49,7 +49,7 @@ def write_optimizer(folder: Path, scale: float = 1.0) -> None:
     factors = {"eva_a": torch.tensor([[2.0, 3.0], [0.0, 4.0]]), "eva_g": torch.tensor([[0.0, 3.0], [1.0, 0.0]])}
     state = {
         0: {"exp_avg": torch.zeros(3)},
-        1: {**{key: value * scale for key, value in factors.items()}, "eva_square": torch.tensor(10.0)},
+        1: {**{key: value * scale / 10 for key, value in factors.items()}, "eva_square": torch.tensor(10.0)},
         2: {"eva_a": torch.ones(4), "eva_g": torch.ones(4), "eva_square": torch.tensor(1.0)},  # of the published form
     }
     folder.mkdir()

@@ -130,14 +130,14 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     U, top = vectors[:, -rank:], values[-rank:]
     trace = values.sum()
-    factor = formula.factor_levels(*stacked(U * top, trace), damping, relative)
+    factor = formula.factor_levels(*stacked(U * top / trace, trace), damping, relative)
     found = torch.eye(d, dtype=torch.float64).unsqueeze(0)
     result(formula.factored(found, factor, None, exponent, None)).apply_(found)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
     assert_near([found[0]], [dense * (rest + epsilon) ** exponent], 1e-8)
-    assert_near([factor[0][0] * factor[1]], [U * top], 1e-12)
+    assert_near([factor[0][0] * factor[1]], [U * top / trace], 1e-12)
     assert factor[2].min() >= 1
 
 
@@ -164,8 +164,8 @@ def test_first_bases_are_the_subspaces_of_the_first_gradient():
     U, V = (torch.linalg.qr(matrix)[0] for matrix in draw(0, (9, 3), (7, 3)))
     G = (U @ torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)) @ V.T).unsqueeze(0)
     guesses = stacked(formula.initial_basis(9, 3, G), formula.initial_basis(7, 3, G))
-    assert_equal(result(formula.find_bases(G * torch.nan, *guesses, torch.tensor([False]))), guesses)
-    bases = result(formula.find_bases(G, *guesses, torch.tensor([True])))
+    assert_equal(result(formula.find_bases(G * torch.nan, *guesses, torch.tensor([False]), torch.ones(1))), guesses)
+    bases = result(formula.find_bases(G, *guesses, torch.tensor([True]), G.square().sum((1, 2))))
     assert_near([basis[0] @ basis[0].T for basis in bases], [U @ U.T, V @ V.T], 1e-12)
 
 
@@ -177,7 +177,7 @@ def test_bases_solve_within_what_the_gradient_shows(d, rank, seed, decay):
     dense = [(torch.zeros(len(basis[0]), len(basis[0]), dtype=basis.dtype), basis[0]) for basis in bases]
     for step, G in enumerate(gradients):
         weight = decay if step else 1.0
-        bases = result(formula.subspace_step(G, *bases, torch.tensor([weight], dtype=torch.float64)))
+        bases = result(formula.subspace_step(G, *bases, torch.tensor([weight], dtype=torch.float64), torch.ones(1)))
         seen = zip((G[0], G[0].T), dense, reversed(dense), strict=True)
         found = [reference.ritz_step(old, U, M @ other, M @ M.T, weight) for M, (old, U), (_, other) in seen]
         dense = [(F, U) for F, U, _ in found]
@@ -195,7 +195,7 @@ def test_bases_find_the_leading_eigenvectors():
     bases = stacked(formula.initial_basis(20, 3, G), formula.initial_basis(20, 3, G))
     for step in range(200):
         weight = torch.tensor([0.05 if step else 1.0], dtype=torch.float64)
-        bases = result(formula.subspace_step(G, *bases, weight))
+        bases = result(formula.subspace_step(G, *bases, weight, torch.ones(1)))
     for basis, vectors in zip(bases, (left, right), strict=True):
         assert_near([formula.column_norms(basis)[0].sort(descending=True).values], [values[:3]], 0.01)
         U = formula.unit_columns(basis)[0]
@@ -211,8 +211,10 @@ def test_no_direction_is_counted_twice_where_there_are_few():
     for step in range(10):
         G = mean + 0.3 * torch.randn(1, 2, 384, generator=generator)
         if step == 0:
-            bases = result(formula.find_bases(G, *bases, torch.tensor([True])))
-        bases = result(formula.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0])))
+            bases = result(formula.find_bases(G, *bases, torch.tensor([True]), torch.ones(1)))
+        bases = result(
+            formula.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0]), torch.ones(1))
+        )
         trace = trace.lerp(G.square().sum(), weight)
         for basis in bases:
             assert formula.column_norms(basis).sum() <= 1.001 * trace

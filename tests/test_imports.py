@@ -16,9 +16,11 @@ PACKAGE = ROOT / "hf_eva"
 ROOMS = (
     "config",
     "shards",
+    "soundness",
     "base",
     "formula",
     "layers",
+    "state",
     "stacks",
     "selection",
     "collectives",

@@ -2,18 +2,28 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_equal, data, every_config, losses, mlp
+from helpers import CONFIGS, FAMILIES, assert_equal, data, every_config, losses, mlp
 from torch import nn
 
-from hf_eva import create_eva_optimizer
+from hf_eva import create_eva_optimizer, soundness
+from hf_eva import optimizer as step_of
 
 BAD = (float("nan"), float("inf"), -float("inf"))
-# What the step does not keep yet.
-not_yet = pytest.mark.xfail(reason="a step takes numbers that are not finite, or whose squares are not", strict=False)
 every_bad_number = pytest.mark.parametrize("value", BAD, ids=str)
+
+
+@pytest.fixture(params=["host", "device"])
+def decided(request, monkeypatch):
+    """Where it is decided whether there is a step: the host must not wait for a device, whose masks then decide."""
+    if request.param == "device":
+        monkeypatch.setattr(step_of, "can_read", lambda tensor: False)
+
+
+anywhere = pytest.mark.usefixtures("decided")
 
 
 def plain(dtype=torch.float64) -> nn.Sequential:
@@ -44,55 +54,90 @@ def state_of(optimizer, *layers):
     }
 
 
+def everything(optimizer):
+    """The whole state, also that of AdamW and SGD."""
+    return {
+        f"{i} {key}": value.clone() for i, s in optimizer.state_dict()["state"].items() for key, value in s.items()
+    }
+
+
 def is_finite(model, optimizer) -> bool:
     tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     return all(tensor.isfinite().all() for tensor in tensors)
 
 
-@not_yet
+@anywhere
 @every_config
 @every_bad_number
-def test_a_bad_gradient_of_one_layer_skips_that_layer(config, value):
-    model, optimizer = start(config)
-    before, state = copy.deepcopy(model), state_of(optimizer, "0")
+@pytest.mark.parametrize("name", ["0.weight", "1.bias", "3.bias"])
+def test_a_bad_gradient_of_one_parameter_changes_nothing(config, value, name):
+    """Of a layer, of a norm, or of a bias: all came from the same loss."""
+    model, optimizer = start(config, mlp)
+    before, state = copy.deepcopy(model), everything(optimizer)
     backward(model, 5)
-    model[0].weight.grad[1, 2] = value
+    model.get_parameter(name).grad.view(-1)[2] = value
     optimizer.step()
-    assert_equal([model[0].weight], [before[0].weight])
-    assert_equal(state_of(optimizer, "0"), state)
-    assert is_finite(model, optimizer)
+    assert_equal(model, before)
+    assert_equal(everything(optimizer), state)
 
 
-@not_yet
+@anywhere
 @every_config
 @every_bad_number
 def test_a_step_without_one_sound_gradient_changes_nothing(config, value):
     """As after the clipping of a norm that is not finite, which puts NaN everywhere."""
     model, optimizer = start(config, mlp)
-    before, state = copy.deepcopy(model), state_of(optimizer)
+    before, state = copy.deepcopy(model), everything(optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, value)
     optimizer.step()
     assert_equal(model, before)
-    assert_equal(state_of(optimizer), state)
+    assert_equal(everything(optimizer), state)
 
 
-@not_yet
+@anywhere
 @every_config
 @every_bad_number
 def test_a_bad_input_changes_nothing(config, value):
     model, optimizer = start(config)
-    before, state = copy.deepcopy(model), state_of(optimizer)
+    before, state = copy.deepcopy(model), everything(optimizer)
     x, y = data(model)[0]
     x[0, 0, 0] = value
     nn.functional.mse_loss(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
     assert_equal(model, before)
-    assert_equal(state_of(optimizer), state)
+    assert_equal(everything(optimizer), state)
 
 
-@not_yet
+@anywhere
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("implementation", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_every_implementation_skips_a_step(base, dtype, implementation, steps):
+    """Embeddings, norms and biases, too; and from then on training goes as it would have gone."""
+    if (base, dtype, implementation) == ("sgd", torch.bfloat16, {"fused": True}):
+        pytest.skip("on a CPU, the fused SGD of torch 2.13 computes something else in bfloat16")
+    family, config = FAMILIES["bert"], CONFIGS["rank_3" if base == "adamw" else "paper_eva_s"]
+    models = [family.build().to(dtype)]
+    models.append(copy.deepcopy(models[0]))
+    for model in models:
+        optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=config, **implementation)
+        for step in range(steps + 2):
+            if step == steps and model is models[1]:
+                for parameter in model.parameters():
+                    parameter.grad = torch.full_like(parameter, float("nan"))
+                optimizer.step()
+                optimizer.zero_grad()
+            model(**family.batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert is_finite(model, optimizer)
+    assert_equal(*models)
+
+
+@anywhere
 @every_config
 def test_training_goes_on_as_if_the_bad_step_had_not_been(config):
     models = []
@@ -115,7 +160,6 @@ def test_training_goes_on_as_if_the_bad_step_had_not_been(config):
     assert_equal(*models)
 
 
-@not_yet
 @every_config
 def test_one_warning_names_the_layer(config, caplog):
     model, optimizer = start(config)
@@ -129,7 +173,39 @@ def test_one_warning_names_the_layer(config, caplog):
     assert len(caplog.records) == 1 and "'2'" in caplog.text and "'0'" not in caplog.text
 
 
-@not_yet
+def test_a_warning_comes_when_the_flags_have_arrived(monkeypatch, caplog):
+    """Those of a device; and one warning names all that is bad, each of them once."""
+    arrived = []
+    event = SimpleNamespace(query=lambda: bool(arrived))
+    monkeypatch.setattr(soundness, "can_read", lambda tensor: False)
+    monkeypatch.setattr(soundness, "_sent", lambda flags: (flags, event))
+    model, optimizer = start(CONFIGS["rank_3"], mlp)
+    for _ in range(3):
+        backward(model)
+        model[0].weight.grad.fill_(float("nan"))
+        model[1].bias.grad.fill_(float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not caplog.records
+    arrived.append(True)
+    backward(model)
+    optimizer.step()
+    assert len(caplog.records) == 1 and "'0', '1.bias':" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["rank_3", "paper_eva"])
+@pytest.mark.parametrize("value", BAD, ids=str)
+def test_a_saved_state_with_bad_numbers_is_refused(name, value):
+    _, optimizer = start(CONFIGS[name], mlp)
+    before = everything(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["momentum_buffer"][0, 0] = value
+    with pytest.raises(ValueError, match=r"The saved momentum_buffer of '0' .* an earlier checkpoint"):
+        optimizer.load_state_dict(saved)
+    assert_equal(everything(optimizer), before)
+
+
+@anywhere
 @every_config
 def test_the_first_gradient_may_be_bad(config):
     model, optimizer = start(config, steps=0)
@@ -195,11 +271,8 @@ def test_the_smallest_layers_learn(config, shape, tokens, bias):
 RECIPES = [name for name, config in CONFIGS.items() if config.base == "adamw"]
 
 
-far = [pytest.param(scale, marks=not_yet, id=str(scale)) for scale in (1e18, 1e30)]
-
-
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("scale", [1e-30, 1e-18, *far], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30], ids=str)
 @pytest.mark.parametrize("what", ["weights", "gradients"])
 def test_numbers_of_every_size(name, scale, what):
     """In single precision, where their squares are zero or infinite: the step is as long as ever, or none at all."""
@@ -221,9 +294,7 @@ def test_numbers_of_every_size(name, scale, what):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize(
-    "scale", [1e-6, 1e6, *(pytest.param(s, marks=not_yet, id=str(s)) for s in (1e-12, 1e12))], ids=str
-)
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12], ids=str)
 def test_gradients_of_other_sizes_give_the_same_step(name, scale):
     models = [plain(torch.float32), plain(torch.float32)]
     models[1].load_state_dict(models[0].state_dict())
