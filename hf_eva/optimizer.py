@@ -173,7 +173,8 @@ class Eva(torch.optim.Optimizer):
             closure (callable, *optional*): reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a planned layer has a sparse gradient, or one that is sharded over processes.
+            RuntimeError: a planned layer has a sparse gradient, got another weight since the optimizer was made, or is
+                distributed in a way that is not known here.
         """
         self._steps += 1
         self._last = LastStep()
@@ -198,7 +199,7 @@ class Eva(torch.optim.Optimizer):
         stacks = self._stacks(statistics)
         look = self._look(stacks, statistics)
         if look.sound is not None and can_read(look.sound):
-            if not look.sound.numpy():
+            if not look.sound.tolist():
                 return
             look.sound = None
         if self.config.base == "sgd":

@@ -86,8 +86,8 @@ class Watch:
             self._tell(*self._waiting.popleft()[:2])
 
     def _tell(self, parameters: list[Tensor], flags: Tensor) -> None:
-        sound = flags.numpy()
-        if sound.all():
+        sound = flags.tolist()
+        if all(sound):
             return
         found = [self._name_of(parameter) for parameter, flag in zip(parameters, sound, strict=True) if not flag]
         names = [name for name in dict.fromkeys(found) if name not in self._told]

@@ -12,4 +12,4 @@ WAYS = {"4 × 2": (4, 4), "2 × 4": (2,) * 4, "1 × 8": (1,) * 8, "uneven": (3, 
 def test_micro_batches_are_one_batch(name, config):
     expected = train(ZOO[name], config, whole)
     for sizes in WAYS.values():
-        assert_same(train(ZOO[name], config, split(*sizes)), expected)
+        assert_same(train(ZOO[name], config, split(*sizes)), expected, config=config)
