@@ -103,7 +103,7 @@ class Conv2dKind(LayerKind):
         return channels, math.prod(patch)
 
     def matrices(self, stack: Tensor) -> Tensor:
-        return stack.view(*stack.shape[:2], -1)
+        return stack.view(*stack.shape[:2], math.prod(stack.shape[2:]))  # a process may hold no row
 
     def input_sums(
         self, module: nn.Module, x: Tensor, dtype: torch.dtype, real: Tensor | None = None
