@@ -44,8 +44,8 @@ class Run:
 
 def assert_same(one: Run, other: Run, largest: float = 1e-9, config: EvaConfig | None = None) -> None:
     """
-    By the largest and by the mean difference of everything that a run leaves. With a `config` that keeps bases
-    a few may differ by more: bases of layers whose gradients are hardly more than rounding, and what follows from them.
+    By the largest and by the mean difference of everything that a run leaves. With a `config` that keeps bases a few
+    may differ by more: bases of layers whose gradients are hardly more than rounding, and what follows from them.
     """
     has_bases = config is not None and config.variant == "eva_s"
     allowed = (1e4 * largest, 100 * largest) if has_bases else (largest,)
