@@ -68,10 +68,11 @@ def test_checkpointing_over_several_forward_passes_warns_where_it_forgets(use_re
     model.train()
     with caplog.at_level(logging.WARNING, logger="hf_eva"):
         found = statistics(model)
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("hf_eva")]
     if use_reentrant:
-        assert len(caplog.records) == 1 and "Reentrant gradient checkpointing" in caplog.text
+        assert len(told) == 1 and "Reentrant gradient checkpointing" in told[0]
     else:
-        assert not caplog.records
+        assert not told
         assert_near(found, expected, 1e-12)
 
 
