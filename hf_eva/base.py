@@ -21,12 +21,13 @@ from .soundness import replace_unless_
 State = MutableMapping[Tensor, dict[str, Tensor]]
 
 BLOCK = 2**18  # elements, of which a cache holds a few times as many
-FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused AdamW knows
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused rules know
 
 
 def can_fuse(params: Iterable[Tensor | dict[str, Any]]) -> bool:
     """
-    Whether torch's fused AdamW serves all parameters, or groups of them: on a CPU it loses digits in low precision.
+    Whether torch's fused AdamW and SGD serve all parameters, or groups of them: on a CPU, in low precision, AdamW
+    loses digits and torch 2.13's SGD computes something else.
     """
     groups = (entry["params"] if isinstance(entry, dict) else [entry] for entry in params)
     tensors = [tensor for group in groups for tensor in ([group] if isinstance(group, Tensor) else group)]
@@ -133,7 +134,7 @@ def sgd_(
             zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state[parameter]["momentum_buffer"] = zeros
     buffers = [state[parameter].get("momentum_buffer") for parameter in parameters]
-    # On a CPU, torch 2.13's fused SGD computes something else in bfloat16.
+    # The fused one takes no sparse gradient.
     fused = group["fused"] and not any(_grad(parameter).is_sparse for parameter in parameters)
     kept = [buffer for buffer in buffers if buffer is not None]
     with _undone_unless(sound, fused, [*parameters, *kept]) as found_inf:
