@@ -1,4 +1,4 @@
-"""The one comparison of all tests, and the tiny models that they train."""
+"""The one comparison of all tests, the tiny models that they train, and how they train them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import observe
 from torch import Tensor, nn
 
-from hf_eva import EvaConfig
+from hf_eva import EvaConfig, formula, plan
+from hf_eva.capture import Capture
 
 # Every variant of the recipe and of the published family, for tests that concern them all.
 CONFIGS = {
@@ -21,6 +23,9 @@ CONFIGS = {
     "paper_eva_s": EvaConfig.paper("eva_s"),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+RECIPES = {name: config for name, config in CONFIGS.items() if config.base == "adamw"}
+every_recipe = pytest.mark.parametrize("config", RECIPES.values(), ids=RECIPES.keys())
+STEPS = 5  # of a training that is compared with another
 
 Tensors = Mapping[str, Tensor] | list[Tensor] | nn.Module
 
@@ -76,6 +81,25 @@ def convnet(bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequent
     return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Flatten(), nn.Linear(80, 4, bias)).to(dtype)
 
 
+class Branches(nn.Module):
+    """
+    Two networks side by side; one is narrower than the rank. (In one network its neighbours would have gradients of
+    fewer directions than the rank, and the reference would disagree about the directions that are rounding.)
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.narrow = nn.Linear(3, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.wide(x) + F.pad(self.narrow(x[..., :3]), (0, 1))
+
+    def __getitem__(self, index):
+        return self.wide[index]
+
+
 def data(model: nn.Module, micro_batches: int = 1, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """
     Inputs and targets that fit `mlp` (batches of 4 × 3 tokens) or `convnet` (4 images). They are not centred: mean
@@ -93,6 +117,14 @@ def data(model: nn.Module, micro_batches: int = 1, seed: int = 0) -> list[tuple[
 def losses(batches: list[tuple[Tensor, Tensor]], scale: float = 1.0) -> list[Callable[[nn.Module], Tensor]]:
     """One function of the model per micro-batch; their sum is the mean loss, times `scale`."""
     return [lambda model, x=x, y=y: scale * F.mse_loss(model(x), y) / len(batches) for x, y in batches]
+
+
+def train(model, optimizer, steps=STEPS, micro_batches=1, first=0, scale=1.0):
+    for step in range(first, first + steps):
+        for loss in losses(data(model, micro_batches, seed=step), scale):
+            loss(model).backward()
+        optimizer.step()
+        model.zero_grad()
 
 
 # Models of transformers ----------------------------------------------------------------------------------------------
@@ -156,3 +188,43 @@ FAMILIES = {
     "gpt2": Family(gpt2, _text(None), layers=8, base_layers=48),
     "vit": Family(vit, _images(CLASSES), layers=14, base_layers=74),
 }
+
+
+# What is gathered and what the reference needs -----------------------------------------------------------------------
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def guess(dimension: int, rank: int) -> torch.Tensor:
+    return formula.initial_basis(dimension, rank, torch.zeros((), dtype=torch.float64))
+
+
+def attach(model, with_output_gradients=True) -> Capture:
+    return Capture(model, plan(model).layers, with_output_gradients)
+
+
+def gathered(capture) -> dict[str, torch.Tensor]:
+    """All statistics of the window, by layer and name."""
+    return {
+        f"{layer.name} {name}": value.clone()
+        for layer, statistics in zip(capture.layers, capture.collect(), strict=True)
+        for name, value in vars(statistics).items()
+    }
+
+
+def expected(model, *functions) -> dict[str, torch.Tensor]:
+    """The same from all inputs and output gradients."""
+    found = {}
+    layers = {layer.name: layer.module for layer in plan(model).layers}
+    _, inputs, outputs = observe(model, layers, functions)
+    for name in layers:
+        X, D = inputs[name], outputs[name]
+        found |= {f"{name} tokens": torch.tensor(float(len(X))), f"{name} a": X.mean(0), f"{name} g": D.sum(0)}
+        found |= {f"{name} a_square": X.square().sum() / len(X), f"{name} g_square": len(X) * D.square().sum()}
+    return found
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

@@ -6,9 +6,8 @@ import statistics
 
 import pytest
 import torch
-from helpers import CONFIGS, FAMILIES, convnet, data, every_config, losses, mlp
+from helpers import CONFIGS, FAMILIES, convnet, data, every_config, guess, linear_names, losses, mlp, train
 from reference import Reference
-from test_optimizer import guess, linear_names, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_eva import EvaConfig, create_eva_optimizer

@@ -22,6 +22,20 @@ MODELS = {
     "intermediate_size=64",
 }
 
+COMPARISON = {
+    "name": "tiny",
+    "seeds": [0, 1],
+    "lengths": [1, 0.5],
+    "evaluations": 2,
+    "baseline": "adamw",
+    "tuning": {"seeds": [100], "budget": 3, "factor": 4},
+    "sweep": {"optimizers": ["adamw", "eva"], "factors": [0.25, 1, 1e9]},
+    "timing": {"rounds": 2, "steps": 2},
+    "highlight": ["eva"],
+    "goals": {"adamw": {"images": 100}},
+    "optimizers": {"adamw": {}, "eva": {"rank": 2}},
+}
+
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +79,11 @@ def tiny(files: Path) -> Callable[[str], list[str]]:
         return ["--task", task, *model, *data[task], "--validation_split_percentage", "20", *training.split()]
 
     return arguments
+
+
+@pytest.fixture
+def settings(tiny) -> dict:
+    """A comparison on tiny images."""
+    words = iter(tiny("image-classification"))
+    task = {key.removeprefix("--"): value for key, value in zip(words, words, strict=True)}
+    return {**COMPARISON, "tasks": {"images": {**task, "max_steps": 6, "per_device_train_batch_size": 4}}}

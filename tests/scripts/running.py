@@ -1,5 +1,6 @@
-"""How the tests of the scripts start a command."""
+"""How the tests of the scripts start a command, and write what it reads."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,3 +19,10 @@ def launch(*command: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, **QUIET, "PYTHONPATH": path}
     words = [str(word) for word in command]
     return subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def write(folder: Path, settings: dict) -> str:
+    """A file with the settings of a comparison."""
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(settings))  # which is YAML
+    return str(path)
