@@ -1,10 +1,8 @@
-"""`Eva`, a `torch.optim.Optimizer` for all parameters of a model: the order of a step, and its state."""
+"""`Eva`, a `torch.optim.Optimizer` for all parameters of a model: the order of a step, and the way of its state."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, overload
@@ -12,56 +10,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import base, formula
+from . import base
+from .adamw_step import adamw_step
 from .capture import Capture, Statistics
 from .config import EvaConfig
-from .diagnostics import LastStep, correction_sums, row_sums
-from .layers import Layer, working_dtype
-from .selection import Plan, embeddings_of, statistics_shapes
-from .shards import Routine, axes_of, local, refusal, together, whole_sum
-from .soundness import Watch, can_read, replace_unless_, squared_norms_of
+from .diagnostics import LastStep
+from .layers import Layer
+from .selection import Plan, embeddings_of
+from .sgd_step import sgd_step
+from .shards import refusal
+from .soundness import Watch, can_read
 from .stacks import Scratch, Stack, stacks_of
-from .state import follow_, refuse_unsound
+from .state import follow_, refuse_other, refuse_unsound
+from .step import Step
 
 logger = logging.getLogger(__name__)
-
-# Steps in which a layer's first gradient is looked for, because a look costs time: LoRA's A gets its first one at the
-# second step, beside a B of zeros. Where it comes later, subspaces are found by the running averages alone.
-SEARCH_STEPS = 3
-
-# Times the learning rate, for embeddings: beside layers whose steps reach further where curvature turns them, those of
-# AdamW are short.
-EMBEDDING_FACTOR = 2.0
-
-_LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
-
-
-@dataclasses.dataclass
-class _Seen:
-    """
-    What a step knows of the n layers of a stack after it has seen their gradients.
-
-    `weights` and `updates` are this step's weight in running averages and the number of steps that count in them, of
-    shape `(n,)`; `squares` is the average `‖G‖²`, where one is kept. `vectors` (curvature `"joint"`) and `factors`
-    (`"factored"`, see [`formula.factor_levels`]) are the curvature.
-    """
-
-    weights: Tensor
-    updates: Tensor
-    squares: Tensor
-    vectors: list[Tensor] = dataclasses.field(default_factory=list)
-    factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class _Look:
-    """
-    What a first look at all gradients tells: `squares` are `‖G‖²` by the id of the parameter, 0-dim, or for embeddings
-    the mean squares of rows, `(rows, 1)`. `sound` says on the device whether there is a step; `None` where there is.
-    """
-
-    squares: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    sound: Tensor | None = None
 
 
 class Eva(torch.optim.Optimizer):
@@ -196,16 +159,26 @@ class Eva(torch.optim.Optimizer):
             and not self._capture.called
             and not any(bool(values.tokens > 0) for values in statistics or ())
         )
-        stacks = self._stacks(statistics)
-        look = self._look(stacks, statistics)
-        if look.sound is not None and can_read(look.sound):
-            if not look.sound.tolist():
+        step = Step(
+            config=self.config,
+            state=self.state,
+            groups=self.param_groups,
+            stacks=self._stacks(statistics),
+            statistics=statistics,
+            by_rows=self._by_rows,
+            number=self._steps,
+            scratch=self._scratch,
+            last=self._last,
+        )
+        step.look(self._watch)
+        if step.sound is not None and can_read(step.sound):
+            if not step.sound.tolist():
                 return
-            look.sound = None
+            step.sound = None
         if self.config.base == "sgd":
-            self._sgd_step(stacks, statistics, look)
+            sgd_step(step)
         else:
-            self._adamw_step(stacks, statistics, look)
+            adamw_step(step)
 
     def diagnostics(self, layers: bool = True) -> dict[str, float]:
         """
@@ -272,248 +245,6 @@ class Eva(torch.optim.Optimizer):
         """The ids of the weights of embeddings."""
         return {id(module.weight) for module in self._embeddings}
 
-    def _look(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None) -> _Look:
-        """Judge all gradients and statistics; not without preconditioning, where nothing is to differ from torch."""
-        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.config.variant == "none" or not present:
-            return _Look()
-        by_rows = self._by_rows
-        others = [parameter for parameter in present if id(parameter) not in by_rows]
-        rows = {id(p): base.mean_squares(p) for p in present if id(p) in by_rows}
-        found = zip(others, squared_norms_of([local(parameter.grad) for parameter in others]), strict=True)
-        squares = {id(parameter): square for parameter, square in found}
-        numbers = [(p, rows[id(p)].sum() if id(p) in rows else squares[id(p)]) for p in present]
-        sums = together(whole_sum(axes_of(parameter), square) for parameter, square in numbers)
-        numbers = [(parameter, total) for (parameter, _), total in zip(numbers, sums, strict=True)]
-        squares = {id(parameter): total for parameter, total in numbers}
-        if statistics is not None:
-            used = [pair for stack in stacks for pair in zip(stack.weights, stack.indices, strict=True)]
-            numbers += [(weight, statistics[index].a_square) for weight, index in used]
-            numbers += [(weight, statistics[index].g_square) for weight, index in used]
-        return _Look(squares | rows, self._watch.judge(numbers))
-
-    def _adamw_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None, look: _Look) -> None:
-        """Momentum, preconditioned and scaled to AdamW's size, for the layers; AdamW for everything else."""
-        together(self._adamw_stack(stack, statistics, look) for stack in stacks)
-        planned, by_rows = {id(weight) for stack in stacks for weight in stack.weights}, self._by_rows
-        for group in self.param_groups:
-            others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
-            embeddings = [parameter for parameter in others if id(parameter) in by_rows]
-            squares = [look.squares[id(parameter)] for parameter in embeddings]
-            base.row_adamw_(embeddings, squares, self.state, group, EMBEDDING_FACTOR, look.sound)
-            if len(embeddings) < len(others):
-                base.adamw_([p for p in others if id(p) not in by_rows], self.state, group, look.sound)
-
-    def _adamw_stack(self, stack: Stack, statistics: Sequence[Statistics] | None, look: _Look) -> Routine[None]:
-        config = self.config
-        gradients = stack.gradients(self._scratch)
-        sound = None if look.sound is None else look.sound.to(gradients.device)
-        seen = yield from self._observe(stack, gradients, statistics, look)
-        momenta = [local(self._momentum(layer)) for layer in stack.layers]
-        base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov, sound)
-        scales = replace_unless_(sound, (yield from self._precondition_and_scale_(stack, gradients, seen)), 0.0)
-        lr, weight_decay = stack.group["lr"], stack.group["weight_decay"]
-        for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
-            rows = layer.kind.rows(scale, update.ndim)
-            base.decoupled_(local(layer.weight), update, rows, lr, weight_decay, sound)
-
-    def _precondition_and_scale_(self, stack: Stack, momenta: Tensor, seen: _Seen) -> Routine[Tensor]:
-        """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
-        matrices, (of_rows, of_columns) = stack.kind.matrices(momenta), stack.part
-        # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
-        steps = seen.updates + self.config.nesterov
-        starts = -torch.expm1(steps * math.log(max(self.config.momentum, _LEAST_MOMENTUM)))
-        correction = yield from self._correction(stack, matrices, None, seen, starts)
-        weights = torch.stack(torch._foreach_norm([local(layer.weight) for layer in stack.layers])).to(momenta.dtype)
-        row_squares, weights, grams = yield from of_columns.sum(
-            formula.squared_row_norms(matrices), weights.square(), correction.grams()
-        )
-        squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
-        correction.apply_(matrices)
-        squares, products, row_squares, weights = yield from of_rows.sum(
-            *map(of_rows.spread, (squares, products, row_squares)), weights
-        )
-        shares = self._average(stack, "eva_rows", formula.row_shares(squares), seen.weights)
-        norms, numel = row_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
-        largest = formula.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
-        scales = formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
-        self._last.keep(stack, row_sums, row_squares, products, squares, scales)
-        return of_rows.take(scales)
-
-    def _sgd_step(self, stacks: Sequence[Stack], statistics: Sequence[Statistics] | None, look: _Look) -> None:
-        """Preconditioned gradients for the layers, one control of their size, then SGD for all parameters."""
-        config = self.config
-        done = together(self._sgd_stack(stack, statistics, look) for stack in stacks)
-        updates = [update for stack_updates, _, _ in done for update in stack_updates]
-        norms = [norms for _, _, norms in done if norms]
-        factor = self._last.factor = self._size_factor(stacks, [inner for _, inner, _ in done], norms)
-        if updates and factor is not None:
-            torch._foreach_mul_(updates, factor)
-        for group in self.param_groups:
-            present = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if present:
-                base.sgd_(present, self.state, group, config.momentum, config.nesterov, look.sound)
-
-    def _sgd_stack(
-        self, stack: Stack, statistics: Sequence[Statistics] | None, look: _Look
-    ) -> Routine[tuple[list[Tensor], Tensor, tuple[Tensor, Tensor] | None]]:
-        """The gradients that hold the directions, `⟨P, G⟩` per layer, and where they are wanted `‖G‖` and `‖P‖`."""
-        gradients, biases = stack.gradients(self._scratch), (yield from stack.bias_gradients())
-        seen = yield from self._observe(stack, gradients, statistics, look)
-        inner, norms = yield from self._precondition_(stack, gradients, biases, seen)
-        return stack.write_gradients(gradients, biases), inner, norms
-
-    def _size_factor(
-        self, stacks: Sequence[Stack], inner: Sequence[Tensor], norms: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor | float | None:
-        """What all directions together are multiplied with, see [`formula.eva`] for the share of the damping."""
-        config = self.config
-        if config.kl_mode == "rescale" and stacks:
-            return formula.rescale_factor(*zip(*norms, strict=True))
-        scale = 1 / config.damping if config.divides_by_damping else 1.0
-        if config.kl_mode == "clip" and stacks:
-            return scale * formula.kl_factor(
-                [values * scale for values in inner], [stack.group["lr"] for stack in stacks], config.kl_clip
-            )
-        return scale if config.divides_by_damping else None
-
-    def _observe(
-        self, stack: Stack, gradients: Tensor, statistics: Sequence[Statistics] | None, look: _Look
-    ) -> Routine[_Seen]:
-        """Bring the running averages up to date."""
-        for layer in stack.layers:
-            self._create_state(layer)
-        squares = torch.stack([look.squares[id(weight)] for weight in stack.weights])
-        valid = squares > 0 if look.sound is None else (squares > 0) & look.sound.to(squares.device)
-        if statistics is None:
-            return (yield from self._observe_gradients(stack, gradients, squares, valid))
-        return self._observe_tokens(stack, [statistics[index] for index in stack.indices], squares, valid)
-
-    def _observe_tokens(self, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor) -> _Seen:
-        """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
-        tokens, a, a_squares, g, g_squares = (
-            torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
-        )
-        valid = valid & (tokens > 0)
-        seen = self._count(stack, squares, valid)
-        new = {"eva_a": a, "eva_a_square": a_squares}
-        if self.config.needs_output_gradients:
-            scales = tokens.clamp_min(1).reciprocal() if self.config.g_scale == "mean" else torch.ones_like(tokens)
-            new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
-        averages = {key: self._average(stack, key, values, seen.weights) for key, values in new.items()}
-        if self.config.curvature == "factored":
-            for key in ("eva_g", "eva_a"):
-                if key in averages:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
-                    traces = averages[f"{key}_square"]
-                    values = torch.linalg.vector_norm(averages[key], dim=1) * formula.inverse(traces)
-                    seen.factors[key] = self._factors((averages[key] * values.unsqueeze(1)).unsqueeze(2), traces)
-        seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
-        return seen
-
-    def _observe_gradients(self, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Routine[_Seen]:
-        """
-        Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
-        average `‖G‖²`.
-        """
-        seen = self._count(stack, squares, valid)
-        if self.config.curvature == "joint":
-            means = yield from formula.axis_means(gradients, stack.axes)
-            named = {f"eva_v{axis}": mean for axis, mean in enumerate(means)}
-            seen.vectors = [self._average(stack, key, mean, seen.weights) for key, mean in named.items()]
-            return seen
-        matrices = stack.kind.matrices(gradients)
-        output, input = stack.read(self.state, "eva_g"), stack.read(self.state, "eva_a")
-        if self._steps <= SEARCH_STEPS:
-            first = valid & (seen.updates == 1)
-            output, input = yield from formula.find_bases(matrices, output, input, first, squares, stack.part)
-        # The average that `‖G‖²` gets, in its new units.
-        weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
-        output, input = yield from formula.subspace_step(matrices, output, input, weights, squares, stack.part)
-        for key, bases in (("eva_g", output), ("eva_a", input)):
-            stack.write(self.state, key, bases)
-            seen.factors[key] = self._factors(bases, seen.squares)
-        return seen
-
-    def _factors(self, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return formula.factor_levels(bases, traces, self.config.damping, self.config.damping_mode == "relative")
-
-    def _precondition_(
-        self, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: _Seen
-    ) -> Routine[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
-        """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer and, to rescale, `‖G‖` and `‖P‖`."""
-        matrices, rescales = stack.kind.matrices(gradients), self.config.kl_mode == "rescale"
-        before = (yield from stack.norms(gradients, biases)) if rescales else None
-        squares = formula.squared_norms(gradients)
-        correction = yield from self._correction(stack, matrices, biases, seen, None)
-        (squares,) = yield from stack.part.columns.sum(squares)
-        whole = squares if biases is None else squares + formula.squared_norms(biases)
-        inner = whole + (correction.columns * correction.images).sum((1, 2))
-        inner, squares = yield from stack.part.rows.sum(inner, squares)
-        correction.apply_(matrices, biases)
-        keeps_norms = self.config.variant == "eva_s" and self.config.curvature == "joint"
-        if stack.is_whole:  # of parts, these sums would have to be sent in every step
-            self._last.keep(stack, correction_sums, correction, whole, biases is not None, keeps_norms)
-        if keeps_norms:
-            inner = inner * (yield from formula.restore_norms_(gradients, squares, stack.part))
-        return inner, None if before is None else (before, (yield from stack.norms(gradients, biases)))
-
-    def _correction(
-        self, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: _Seen, starts: Tensor | None
-    ) -> Routine[formula.Correction]:
-        """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
-        config = self.config
-        relative = config.damping_mode == "relative"
-        if config.curvature == "factored":
-            output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
-            corrections = None
-            if starts is not None and config.variant == "eva_s":
-                corrections = starts * seen.squares.sqrt()
-            return formula.factored(matrices, output, input, config.exponent, corrections, stack.part)
-        if config.variant == "eva_s":
-            vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
-            return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)
-        if config.variant == "eva_f":
-            return formula.eva_f(matrices, biases, seen.vectors[0], config.damping, relative, stack.part)
-        a, g = seen.vectors
-        return formula.eva(matrices, biases, a, g, config.damping, relative, stack.part)
-
-    def _average(self, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
-        averages = formula.averaged(stack.read(self.state, key), values, weights)
-        stack.write(self.state, key, averages)
-        return averages
-
-    def _count(self, stack: Stack, squares: Tensor, valid: Tensor) -> _Seen:
-        """
-        Count the steps of each layer with a valid gradient, whose n-th weighs `decay` but at least `1/n` in averages,
-        and average `‖G‖²` where it is kept.
-        """
-        updates = stack.read(self.state, "eva_updates") + valid
-        stack.write(self.state, "eva_updates", updates)
-        weights = updates.reciprocal().clamp_min(self.config.decay).where(valid, 0.0)
-        if "eva_square" in self.state[stack.layers[0].weight]:
-            squares = self._average(stack, "eva_square", squares, weights)
-        return _Seen(weights, updates, squares)
-
-    def _create_state(self, layer: Layer) -> None:
-        """All statistics of a layer that has none yet: zeros, and random bases."""
-        state = self.state[layer.weight]
-        if "eva_updates" not in state:
-            for key, shape in statistics_shapes(layer, self.config).items():
-                like = self._zeros(layer, shape)
-                state[key] = formula.initial_basis(*shape, like) if len(shape) == 2 else like
-
-    def _momentum(self, layer: Layer) -> Tensor:
-        state = self.state[layer.weight]
-        if "momentum_buffer" not in state:
-            weight = layer.weight
-            state["momentum_buffer"] = torch.zeros_like(
-                weight, dtype=working_dtype(weight), memory_format=torch.contiguous_format
-            )
-        return state["momentum_buffer"]
-
-    def _zeros(self, layer: Layer, shape: Sequence[int]) -> Tensor:
-        return torch.zeros(shape, dtype=working_dtype(layer.weight), device=layer.weight.device)
-
     def _was_called(self, index: int, layer: Layer, statistics: Statistics) -> bool:
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
         assert self._capture is not None
@@ -543,13 +274,7 @@ class Eva(torch.optim.Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         saved = {id(p): state_dict["state"].get(i, {}) for p, i in zip(parameters, indices, strict=False)}
-        differences = [text for layer in self.layers if (text := self._difference(layer, saved.get(id(layer.weight))))]
-        if differences:
-            more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise ValueError(
-                f"The saved state does not fit the planned layers and their config: {'; '.join(differences[:3])}"
-                f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
-            )
+        refuse_other(self.layers, self.config, saved)
         refuse_unsound({p: saved[id(p)] for p in parameters if id(p) in saved}, partial(_name_in, self.plan))
         super().load_state_dict(state_dict)
         by_rows = self._by_rows
@@ -563,14 +288,6 @@ class Eva(torch.optim.Optimizer):
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         if self._capture is not None:
             self._capture.start_window()
-
-    def _difference(self, layer: Layer, saved: dict[str, Tensor] | None) -> str:
-        """How the saved state of a layer differs from what this optimizer keeps; nothing saved yet fits as well."""
-        found = {key: tuple(value.shape) for key, value in (saved or {}).items() if key.startswith("eva_")}
-        expected = statistics_shapes(layer, self.config)
-        if not saved or found == expected:
-            return ""
-        return f"{layer.name} has {_listed(found) or 'no statistics'} where {_listed(expected)} is expected"
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -587,7 +304,3 @@ def _name_in(plan: Plan, parameter: Tensor) -> str:
     names = {id(own): name for name, own in plan.model.named_parameters()}
     names |= {id(layer.weight): layer.name for layer in plan.layers}
     return names.get(id(parameter), "a parameter outside the model")
-
-
-def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{key}{list(shape)}" for key, shape in sorted(shapes.items()) if shape)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layers import working_dtype
+from .config import EvaConfig
+from .layers import Layer, working_dtype
+from .selection import statistics_shapes
 
 State = Mapping[Any, dict[str, Any]]
 
@@ -32,6 +34,21 @@ def follow_(state: State, groups: Iterable[Mapping[str, Any]], own: set[int], is
                     state[parameter][key] = value.to(parameter.device)
 
 
+def refuse_other(layers: Sequence[Layer], config: EvaConfig, saved: Mapping[int, dict[str, Tensor]]) -> None:
+    """
+    Raises:
+        ValueError: a state, by the ids of weights, was saved with other layers or another config; the message lists
+            the differences.
+    """
+    differences = [text for layer in layers if (text := _difference(layer, config, saved.get(id(layer.weight))))]
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(
+            f"The saved state does not fit the planned layers and their config: {'; '.join(differences[:3])}"
+            f"{more}. Resume with the settings of the saved run, or start without its optimizer state."
+        )
+
+
 def refuse_unsound(state: State, name_of: Callable[[Tensor], str]) -> None:
     """
     Raises:
@@ -45,3 +62,16 @@ def refuse_unsound(state: State, name_of: Callable[[Tensor], str]) -> None:
                     f"The saved {key} of {name_of(parameter)!r} holds numbers that are not finite: load an earlier "
                     "checkpoint, or start without its optimizer state."
                 )
+
+
+def _difference(layer: Layer, config: EvaConfig, saved: dict[str, Tensor] | None) -> str:
+    """How the saved state of a layer differs from what an optimizer keeps; nothing saved yet fits as well."""
+    found = {key: tuple(value.shape) for key, value in (saved or {}).items() if key.startswith("eva_")}
+    expected = statistics_shapes(layer, config)
+    if not saved or found == expected:
+        return ""
+    return f"{layer.name} has {_listed(found) or 'no statistics'} where {_listed(expected)} is expected"
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{key}{list(shape)}" for key, shape in sorted(shapes.items()) if shape)

@@ -11,8 +11,8 @@ from torch import nn
 from zoo import ZOO, Batch, sentences
 
 from hf_eva import base, create_eva_optimizer, plan
+from hf_eva.adamw_step import EMBEDDING_FACTOR
 from hf_eva.capture import Capture
-from hf_eva.optimizer import EMBEDDING_FACTOR
 
 VARIANTS = {name: CONFIGS[name] for name in ("eva", "eva_f", "rank_3")}
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)

@@ -1,0 +1,152 @@
+"""What is known of the curvature of layers: its running averages, and the correction that they give a gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import formula
+from .capture import Statistics
+from .config import EvaConfig
+from .layers import Layer, working_dtype
+from .selection import statistics_shapes
+from .shards import Routine
+from .stacks import Stack, State
+from .step import Step
+
+# Steps in which a layer's first gradient is looked for, because a look costs time: LoRA's A gets its first one at the
+# second step, beside a B of zeros. Where it comes later, subspaces are found by the running averages alone.
+SEARCH_STEPS = 3
+
+
+@dataclasses.dataclass
+class Seen:
+    """
+    What a step knows of the n layers of a stack after it has seen their gradients.
+
+    `weights` and `updates` are this step's weight in running averages and the number of steps that count in them, of
+    shape `(n,)`; `squares` is the average `‖G‖²`, where one is kept. `vectors` (curvature `"joint"`) and `factors`
+    (`"factored"`, see [`formula.factor_levels`]) are the curvature.
+    """
+
+    weights: Tensor
+    updates: Tensor
+    squares: Tensor
+    vectors: list[Tensor] = dataclasses.field(default_factory=list)
+    factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+
+def observe(step: Step, stack: Stack, gradients: Tensor) -> Routine[Seen]:
+    """Bring the running averages up to date."""
+    for layer in stack.layers:
+        _create_statistics(step.state, layer, step.config)
+    squares = torch.stack([step.squares[id(weight)] for weight in stack.weights])
+    valid = squares > 0 if step.sound is None else (squares > 0) & step.sound.to(squares.device)
+    if step.statistics is None:
+        return (yield from _observe_gradients(step, stack, gradients, squares, valid))
+    return _observe_tokens(step, stack, [step.statistics[index] for index in stack.indices], squares, valid)
+
+
+def average(state: State, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
+    """The running averages of a statistic, with new values that have these weights."""
+    averages = formula.averaged(stack.read(state, key), values, weights)
+    stack.write(state, key, averages)
+    return averages
+
+
+def correction_of(
+    config: EvaConfig, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: Seen, starts: Tensor | None
+) -> Routine[formula.Correction]:
+    """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
+    relative = config.damping_mode == "relative"
+    if config.curvature == "factored":
+        output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
+        corrections = None
+        if starts is not None and config.variant == "eva_s":
+            corrections = starts * seen.squares.sqrt()
+        return formula.factored(matrices, output, input, config.exponent, corrections, stack.part)
+    if config.variant == "eva_s":
+        vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
+        return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)
+    if config.variant == "eva_f":
+        return formula.eva_f(matrices, biases, seen.vectors[0], config.damping, relative, stack.part)
+    a, g = seen.vectors
+    return formula.eva(matrices, biases, a, g, config.damping, relative, stack.part)
+
+
+def _observe_tokens(
+    step: Step, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor
+) -> Seen:
+    """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
+    tokens, a, a_squares, g, g_squares = (
+        torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
+    )
+    valid = valid & (tokens > 0)
+    seen = _count(step, stack, squares, valid)
+    new = {"eva_a": a, "eva_a_square": a_squares}
+    if step.config.needs_output_gradients:
+        scales = tokens.clamp_min(1).reciprocal() if step.config.g_scale == "mean" else torch.ones_like(tokens)
+        new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
+    averages = {key: average(step.state, stack, key, values, seen.weights) for key, values in new.items()}
+    if step.config.curvature == "factored":
+        for key in ("eva_g", "eva_a"):
+            if key in averages:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
+                traces = averages[f"{key}_square"]
+                values = torch.linalg.vector_norm(averages[key], dim=1) * formula.inverse(traces)
+                seen.factors[key] = _factors(step.config, (averages[key] * values.unsqueeze(1)).unsqueeze(2), traces)
+    seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
+    return seen
+
+
+def _observe_gradients(step: Step, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Routine[Seen]:
+    """
+    Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
+    average `‖G‖²`.
+    """
+    seen = _count(step, stack, squares, valid)
+    if step.config.curvature == "joint":
+        means = yield from formula.axis_means(gradients, stack.axes)
+        named = {f"eva_v{axis}": mean for axis, mean in enumerate(means)}
+        seen.vectors = [average(step.state, stack, key, mean, seen.weights) for key, mean in named.items()]
+        return seen
+    matrices = stack.kind.matrices(gradients)
+    output, input = stack.read(step.state, "eva_g"), stack.read(step.state, "eva_a")
+    if step.number <= SEARCH_STEPS:
+        first = valid & (seen.updates == 1)
+        output, input = yield from formula.find_bases(matrices, output, input, first, squares, stack.part)
+    # The average that `‖G‖²` gets, in its new units.
+    weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
+    output, input = yield from formula.subspace_step(matrices, output, input, weights, squares, stack.part)
+    for key, bases in (("eva_g", output), ("eva_a", input)):
+        stack.write(step.state, key, bases)
+        seen.factors[key] = _factors(step.config, bases, seen.squares)
+    return seen
+
+
+def _count(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Seen:
+    """
+    Count the steps of each layer with a valid gradient, whose n-th weighs `decay` but at least `1/n` in averages, and
+    average `‖G‖²` where it is kept.
+    """
+    updates = stack.read(step.state, "eva_updates") + valid
+    stack.write(step.state, "eva_updates", updates)
+    weights = updates.reciprocal().clamp_min(step.config.decay).where(valid, 0.0)
+    if "eva_square" in step.state[stack.layers[0].weight]:
+        squares = average(step.state, stack, "eva_square", squares, weights)
+    return Seen(weights, updates, squares)
+
+
+def _factors(config: EvaConfig, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return formula.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
+
+
+def _create_statistics(state: State, layer: Layer, config: EvaConfig) -> None:
+    """All statistics of a layer that has none yet: zeros, and random bases."""
+    entry = state[layer.weight]
+    if "eva_updates" not in entry:
+        for key, shape in statistics_shapes(layer, config).items():
+            like = torch.zeros(shape, dtype=working_dtype(layer.weight), device=layer.weight.device)
+            entry[key] = formula.initial_basis(*shape, like) if len(shape) == 2 else like
