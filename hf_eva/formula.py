@@ -285,31 +285,39 @@ def subspace_step(
     Ritz, and likewise on the input side. The images under `G` bring in the directions of this gradient that a basis
     lacks; the power iteration on `U_B` alone, which needs the same products, would take many steps to find them.
     """
-    norms = column_norms(output), column_norms(input)
-    inner, rank = unit_columns(input, norms[1]), norms[1].shape[1]
-    left, right, outer_image = yield from subspace_images(grads, unit_columns(output, norms[0]), inner, squares, part)
-    new_output = _ritz_step(norms[0], left, right, weights)
-    columns, images = torch.cat([right[:, :, rank:], inner], 2), torch.cat([outer_image, left[:, :, :rank]], 2)
-    new_input = _ritz_step(norms[1], columns, images, weights)
+    values, rank = (column_norms(output), column_norms(input)), input.shape[2]
+    inner = unit_columns(input, values[1])
+    left, right, outer_image = yield from subspace_images(grads, unit_columns(output, values[0]), inner, squares, part)
+    columns = left, torch.cat([right[:, :, rank:], inner], 2)
+    images = right, torch.cat([outer_image, left[:, :, :rank]], 2)
     is_valid = _over(weights > 0, output)
+    new_output, new_input = _ritz_step(values, columns, images, weights)
     return torch.where(is_valid, new_output, output), torch.where(is_valid, new_input, input)
 
 
-def _ritz_step(values: Tensor, columns: Tensor, images: Tensor, weights: Tensor) -> Tensor:
-    """One side of [`subspace_step`]. The last of the `columns` are those of `U`; `images` are under `Gᵀ`, or `G`."""
+def _ritz_step(
+    values: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], weights: Tensor
+) -> list[Tensor]:
+    """
+    [`subspace_step`] for both sides, each of which has the same number of `columns`. The last of these are those of
+    `U`, which have the `values` ℓ; `images` are theirs under `Gᵀ`, or `G`.
+    """
     # Gram and Schmidt from the last column, which is the longest of the basis, to the first. Where gradients have
     # fewer directions than there are columns, the rest is rounding, which must not count directions once more.
-    grams = columns.mT.bmm(columns)
+    grams = torch.cat([side.mT.bmm(side) for side in columns])
     grams.diagonal(dim1=1, dim2=2).mul_(1 + 4 * grams.shape[1] * _eps(grams)).add_(torch.finfo(grams.dtype).tiny)
     factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
     one = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
     inverses = torch.linalg.solve_triangular(factors, one, upper=False)
-    columns, images = columns.bmm(inverses), images.bmm(inverses)
-    rank, weights = values.shape[1], _over(weights, grams)
-    old = factors[:, :, -rank:]  # U, in terms of the new columns
-    projected = (old * values.unsqueeze(1)).bmm(old.mT).lerp_(images.mT.bmm(images), weights)
+    seen = [side.bmm(inverse) for side, inverse in zip(images, inverses.chunk(2), strict=True)]
+    # `factors` are the given columns in terms of the orthonormal ones; only those of `U` were in the average.
+    old = torch.cat([torch.nn.functional.pad(side, (grams.shape[1] - side.shape[1], 0)) for side in values])
+    weights = _over(weights.repeat(2), grams)
+    projected = (factors * old.unsqueeze(1)).bmm(factors.mT)
+    projected.lerp_(torch.cat([side.mT.bmm(side) for side in seen]), weights)
     ritz_values, vectors = torch.linalg.eigh(projected.where(weights > 0, 0.0))  # which may not be NaN
-    return columns.bmm(vectors[:, :, -rank:] * ritz_values[:, -rank:].clamp_min(0.0).unsqueeze(1))
+    turns = inverses.bmm(vectors * ritz_values.clamp_min(0.0).unsqueeze(1)).chunk(2)
+    return [side.bmm(turn[:, :, -kept.shape[1] :]) for side, turn, kept in zip(columns, turns, values, strict=True)]
 
 
 def column_norms(bases: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .shards import Axis, Part, Routine, axes_of, local, whole_axis
 
 # Weights in a stack, at most, by device: on a CPU a stack and its momentum should stay in the caches, on other devices
 # a stack should fill the machine. A layer that is larger is a stack by itself.
-MOST_WEIGHTS = {"cpu": 2**20}
+MOST_WEIGHTS = {"cpu": 2**22}
 MOST_WEIGHTS_ELSEWHERE = 2**24
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
