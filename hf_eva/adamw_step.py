@@ -11,9 +11,10 @@ from . import base, formula
 from .curvature import Seen, average, correction_of, observe
 from .diagnostics import row_sums
 from .layers import Layer, working_dtype
+from .selection import momentum_dtype
 from .shards import Routine, local, together
 from .soundness import replace_unless_
-from .stacks import Stack, State
+from .stacks import Stack
 from .step import Step
 
 # Times the learning rate, for embeddings: beside layers whose steps reach further where curvature turns them, those of
@@ -27,11 +28,12 @@ def adamw_step(step: Step) -> None:
     """Take a step of all parameters."""
     together(_adamw_stack(step, stack) for stack in step.stacks)
     planned = {id(weight) for stack in step.stacks for weight in stack.weights}
+    low = momentum_dtype(step.config)
     for group in step.groups:
         others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
         embeddings = [parameter for parameter in others if id(parameter) in step.by_rows]
         squares = [step.squares[id(parameter)] for parameter in embeddings]
-        base.row_adamw_(embeddings, squares, step.state, group, EMBEDDING_FACTOR, step.sound)
+        base.row_adamw_(embeddings, squares, step.state, group, EMBEDDING_FACTOR, step.sound, low)
         if len(embeddings) < len(others):
             base.adamw_([p for p in others if id(p) not in step.by_rows], step.state, group, step.sound)
 
@@ -41,7 +43,7 @@ def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:
     gradients = stack.gradients(step.scratch)
     sound = step.sound_on(gradients)
     seen = yield from observe(step, stack, gradients)
-    momenta = [local(_momentum(step.state, layer)) for layer in stack.layers]
+    momenta = [local(_momentum(step, layer)) for layer in stack.layers]
     base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov, sound)
     scales = replace_unless_(sound, (yield from _precondition_and_scale_(step, stack, gradients, seen)), 0.0)
     lr, weight_decay = stack.group["lr"], stack.group["weight_decay"]
@@ -74,11 +76,9 @@ def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Se
     return of_rows.take(scales)
 
 
-def _momentum(state: State, layer: Layer) -> Tensor:
-    entry = state[layer.weight]
+def _momentum(step: Step, layer: Layer) -> Tensor:
+    weight, entry = layer.weight, step.state[layer.weight]
     if "momentum_buffer" not in entry:
-        weight = layer.weight
-        entry["momentum_buffer"] = torch.zeros_like(
-            weight, dtype=working_dtype(weight), memory_format=torch.contiguous_format
-        )
+        dtype = momentum_dtype(step.config) or working_dtype(weight)
+        entry["momentum_buffer"] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     return entry["momentum_buffer"]

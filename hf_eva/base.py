@@ -21,6 +21,7 @@ from .soundness import replace_unless_
 State = MutableMapping[Tensor, dict[str, Tensor]]
 
 BLOCK = 2**18  # elements, of which a cache holds a few times as many
+BLOCK_ELSEWHERE = 2**24  # of what is computed in a higher precision than it is kept in, and needs room for that
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")  # that torch's fused rules know
 
 
@@ -77,10 +78,12 @@ def row_adamw_(
     group: Mapping[str, Any],
     factor: float,
     sound: Tensor | None = None,
+    momentum_dtype: torch.dtype | None = None,
 ) -> None:
     """
     AdamW with one second moment per row, the mean over its entries, and `factor` times the learning rate; for
-    embeddings, whose rows are the parameters of one token each. `squares` are the [`mean_squares`] of the gradients.
+    embeddings, whose rows are the parameters of one token each. `squares` are the [`mean_squares`] of the gradients,
+    and `momentum_dtype` is what the first moment is kept in, by default that of the parameter.
     """
     beta1, beta2 = group["betas"]
     for parameter, square in zip(parameters, squares, strict=True):
@@ -93,7 +96,7 @@ def row_adamw_(
                 )
             precise = torch.promote_types(parameter.dtype, torch.float32)
             entry["step"] = torch.zeros((), dtype=precise, device=parameter.device)
-            entry["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            entry["exp_avg"] = torch.zeros_like(parameter, dtype=momentum_dtype, memory_format=torch.preserve_format)
             entry["exp_avg_sq"] = torch.zeros_like(
                 parameter[:, :1], dtype=precise, memory_format=torch.contiguous_format
             )
@@ -104,11 +107,12 @@ def row_adamw_(
         second = local(entry["exp_avg_sq"])
         second.lerp_(replace_unless_(here, square.to(second.dtype), second), 1 - beta2)
         scales = replace_unless_(here, ((second / start2).sqrt().add_(group["eps"]) * start1).reciprocal_(), 0.0)
-        per_block = max(1, BLOCK // parameter.shape[1]) if parameter.device.type == "cpu" else len(parameter)
         tensors = local(parameter), _grad(parameter), local(entry["exp_avg"]), scales
+        size = _block_size(*tensors[1:3])
+        per_block = len(parameter) if size is None else max(1, size // parameter.shape[1])
         for weight, grad, first, scale in zip(*(t.split(per_block) for t in tensors), strict=True):
-            first.lerp_(replace_unless_(here, grad, first), 1 - beta1)
-            decoupled_(weight, first, scale, group["lr"] * factor, group["weight_decay"] / factor, here)
+            update = _averaged_(first, replace_unless_(here, grad, first), 1 - beta1)
+            decoupled_(weight, update, scale, group["lr"] * factor, group["weight_decay"] / factor, here)
 
 
 def mean_squares(parameter: Tensor) -> Tensor:
@@ -174,21 +178,41 @@ def momentum_(
     nesterov: bool,
     sound: Tensor | None = None,
 ) -> None:
-    """`M ← β M + (1 − β) G`, then `G ← M`, or with Nesterov `G ← β M + (1 − β) G`; for contiguous tensors."""
-    for gradient, buffer in zip(gradients, buffers, strict=True):
-        replace_unless_(sound, gradient, buffer)  # an average of itself stays as it is, to the last bit
+    """
+    `M ← β M + (1 − β) G`, then `G ← M`, or with Nesterov `G ← β M + (1 − β) G`; for contiguous tensors. Buffers may
+    have a lower precision than gradients, which everything is computed in.
+    """
     pairs = list(zip(gradients, buffers, strict=True))
-    if pairs and pairs[0][0].device.type == "cpu":  # in blocks: the second operation finds in the cache what it needs
-        pairs = [blocks for pair in pairs for blocks in zip(*(t.view(-1).split(BLOCK) for t in pair), strict=True)]
+    for gradient, buffer in pairs:
+        replace_unless_(sound, gradient, buffer)  # an average of itself stays as it is, to the last bit
+    size = _block_size(*pairs[0]) if pairs else None
+    if size is not None:  # the second operation finds in the cache what it needs
+        pairs = [blocks for pair in pairs for blocks in zip(*(t.view(-1).split(size) for t in pair), strict=True)]
     else:
         torch._foreach_lerp_(list(buffers), list(gradients), 1 - momentum)
     for gradient, buffer in pairs:
-        if gradient.device.type == "cpu":
-            buffer.lerp_(gradient, 1 - momentum)
+        average = buffer if size is None else _averaged_(buffer, gradient, 1 - momentum)
         if nesterov:
-            gradient.lerp_(buffer, momentum)
+            gradient.lerp_(average, momentum)
         else:
-            gradient.copy_(buffer)
+            gradient.copy_(average)
+
+
+def _averaged_(average: Tensor, value: Tensor, weight: float) -> Tensor:
+    """`average ← (1 − weight) average + weight value`; returned is what the average was before it was rounded."""
+    if average.dtype == value.dtype:
+        return average.lerp_(value, weight)
+    dtype = torch.promote_types(average.dtype, value.dtype)
+    precise = average.to(dtype, copy=True).lerp_(value.to(dtype), weight)
+    average.copy_(precise)
+    return precise
+
+
+def _block_size(value: Tensor, average: Tensor) -> int | None:
+    """Elements that are averaged at a time; `None` for all of them, and then both have one precision."""
+    if value.device.type == "cpu":
+        return BLOCK
+    return None if value.dtype == average.dtype else BLOCK_ELSEWHERE
 
 
 def decoupled_(

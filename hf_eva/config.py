@@ -15,6 +15,7 @@ DampingMode = Literal["relative", "absolute"]
 GScale = Literal["sum", "mean"]
 Base = Literal["adamw", "sgd"]
 KLMode = Literal["clip", "rescale", "none"]
+MomentumDtype = Literal["float32", "bfloat16"]
 
 
 def _hyperparameter(
@@ -90,6 +91,12 @@ class EvaConfig:
     )
     momentum: float = _hyperparameter(0.95, "Momentum of the base rule.", minimum=0.0, below=1.0)
     nesterov: bool = _hyperparameter(True, "Use Nesterov momentum.")
+    momentum_dtype: MomentumDtype = _hyperparameter(
+        "float32",
+        "Precision in which momentum is kept between steps, base 'adamw' only: 'bfloat16' halves the bytes of that of "
+        "preconditioned layers and of embeddings. A step computes with it in the precision of the statistics, float32 "
+        "or that of wider weights, and all other state stays as it is.",
+    )
     kl_mode: KLMode = _hyperparameter(
         "none",
         "Size control over all preconditioned layers together, base 'sgd' only: 'clip' bounds the step by `kl_clip`, "
@@ -114,6 +121,12 @@ class EvaConfig:
             raise ValueError(
                 f"kl_mode={self.kl_mode!r} needs base='sgd': base='adamw' already scales each layer to the size of an "
                 "AdamW update."
+            )
+        if self.momentum_dtype != "float32" and (self.base != "adamw" or self.variant == "none"):
+            raise ValueError(
+                f"momentum_dtype={self.momentum_dtype!r} needs base='adamw' and preconditioning, but "
+                f"base={self.base!r} with variant={self.variant!r} keeps momentum as torch.optim does, in the "
+                "precision of the weights."
             )
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("nesterov=True needs momentum above 0: set nesterov=False or a momentum in (0, 1).")

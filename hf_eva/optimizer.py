@@ -236,9 +236,12 @@ class Eva(torch.optim.Optimizer):
         ]
         if key != self._stacked[0]:
             self._stacked = key, stacks_of(ready)
-            own = {id(layer.weight) for layer in self.layers} | self._by_rows
-            follow_(self.state, self.param_groups, own, self.config.base == "sgd")
+            self._follow()
         return self._stacked[1]
+
+    def _follow(self) -> None:
+        momenta = {id(layer.weight): "momentum_buffer" for layer in self.layers}
+        follow_(self.state, self.param_groups, momenta | dict.fromkeys(self._by_rows, "exp_avg"), self.config)
 
     @property
     def _by_rows(self) -> set[int]:
@@ -265,7 +268,8 @@ class Eva(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        As in `torch.optim.Optimizer`, but statistics and momentum keep their precision in a low-precision model.
+        As in `torch.optim.Optimizer`, but statistics keep their precision in a low-precision model, and momentum has
+        that of the config.
 
         Raises:
             ValueError: the state was saved with other layers or another config; the message lists the differences. Or
@@ -286,6 +290,8 @@ class Eva(torch.optim.Optimizer):
                     # count of steps as AdamW wants it.
                     if key != "step" or id(parameter) in by_rows:
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
+        if self.layers:
+            self._follow()
         if self._capture is not None:
             self._capture.start_window()
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import nn
 
 from .config import EvaConfig
@@ -182,6 +183,14 @@ def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, .
     return shapes
 
 
+def momentum_dtype(config: EvaConfig) -> torch.dtype | None:
+    """
+    What the momentum of planned layers and the first moment of embeddings are kept in; `None` where the first is in
+    working precision and the second in that of its parameter.
+    """
+    return torch.bfloat16 if config.momentum_dtype == "bfloat16" else None
+
+
 def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
@@ -279,12 +288,16 @@ def _adamw_bytes(parameter: nn.Parameter) -> int:
 def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig, is_embedding: bool) -> int:
     """Bytes of the tensors that [`Eva`] keeps for a parameter; scalars are not counted, as in `_adamw_bytes`."""
     copy = parameter.numel() * parameter.element_size()
+    low = momentum_dtype(config)
     if is_embedding and not (layer and parameter is layer.weight):
-        return copy + len(parameter) * working_dtype(parameter).itemsize
+        momentum = parameter.numel() * (low or parameter.dtype).itemsize
+        return momentum + len(parameter) * working_dtype(parameter).itemsize
     if layer is None or parameter is not layer.weight:
         return 2 * copy if config.base == "adamw" else copy * (config.momentum > 0)
     size = working_dtype(parameter).itemsize
-    momentum = parameter.numel() * size if config.base == "adamw" else copy * (config.momentum > 0)
+    momentum = copy * (config.momentum > 0)
+    if config.base == "adamw":
+        momentum = parameter.numel() * (low.itemsize if low else size)
     return momentum + size * sum(math.prod(shape) for shape in statistics_shapes(layer, config).values() if shape)
 
 

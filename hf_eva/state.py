@@ -10,27 +10,30 @@ from torch import Tensor
 
 from .config import EvaConfig
 from .layers import Layer, working_dtype
-from .selection import statistics_shapes
+from .selection import momentum_dtype, statistics_shapes
 
 State = Mapping[Any, dict[str, Any]]
 
 
-def follow_(state: State, groups: Iterable[Mapping[str, Any]], own: set[int], is_sgd: bool) -> None:
+def follow_(state: State, groups: Iterable[Mapping[str, Any]], momenta: Mapping[int, str], config: EvaConfig) -> None:
     """
-    Bring all state to the devices and the precision that the parameters have now.
+    Bring all state to the devices and the precision that the parameters and the config have now.
 
     Args:
-        own: the ids of parameters with statistics of their own, which are kept in working precision; that of the
-            others is torch's.
+        momenta: for the ids of parameters with statistics of their own, which are kept in working precision, the key
+            of their momentum. The state of all others is torch's.
     """
+    low = momentum_dtype(config)
     for group in groups:
         for parameter in group["params"]:
+            own = momenta.get(id(parameter))
             for key, value in state.get(parameter, {}).items():
-                is_like_weight = id(parameter) not in own or key == "exp_avg" or (is_sgd and key == "momentum_buffer")
-                dtype = parameter.dtype if is_like_weight else working_dtype(parameter)
+                is_torchs = own is None or (config.base == "sgd" and key == "momentum_buffer")
+                dtype = parameter.dtype if is_torchs or key == "exp_avg" else working_dtype(parameter)
                 if key != "step":
+                    dtype = low if low and key == own else dtype
                     state[parameter][key] = value.to(parameter.device, dtype)
-                elif id(parameter) in own or group["fused"]:  # otherwise torch counts on the host
+                elif own is not None or group["fused"]:  # otherwise torch counts on the host
                     state[parameter][key] = value.to(parameter.device)
 
 

@@ -146,3 +146,26 @@ def test_decoupled_weight_decay(dtype):
     base.decoupled_(weight, update, scale, lr=0.1, weight_decay=0.5)
     assert weight.dtype == dtype
     assert_near([weight], [expected], 1e-15 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_of_low_precision_is_rounded_once_a_step(nesterov, monkeypatch):
+    """And what is preconditioned is not: in bfloat16 a product with 0.95 alone would lose what a step adds."""
+    monkeypatch.setattr(base, "BLOCK", 16)
+    gradients = [torch.randn(5, 7), torch.randn(3, 4)]
+    kept = [torch.randn_like(gradient).bfloat16() for gradient in gradients]
+    averages = [0.95 * buffer.double() + 0.05 * grad.double() for buffer, grad in zip(kept, gradients, strict=True)]
+    mixes = [
+        0.95 * average + 0.05 * grad.double() if nesterov else average
+        for average, grad in zip(averages, gradients, strict=True)
+    ]
+    base.momentum_(gradients, kept, 0.95, nesterov)
+    assert_near(gradients, mixes, 1e-6)
+    assert all(torch.equal(one, other.float().bfloat16()) for one, other in zip(kept, averages, strict=True))
+
+
+def test_a_step_that_is_skipped_keeps_momentum_of_low_precision():
+    gradient, kept = torch.full((40,), float("nan")), torch.randn(40).bfloat16()
+    before = kept.clone()
+    base.momentum_([gradient], [kept], 0.95, True, torch.tensor(False))
+    assert torch.equal(kept, before) and gradient.isfinite().all()

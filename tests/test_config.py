@@ -21,7 +21,7 @@ def test_every_field_explains_itself():
     "config",
     [
         EvaConfig(),
-        EvaConfig(rank=8, exponent=1.0),
+        EvaConfig(rank=8, exponent=1.0, momentum_dtype="bfloat16"),
         *map(EvaConfig.paper, ("eva", "eva_f", "eva_s")),
     ],
 )
@@ -79,6 +79,9 @@ def test_presets_are_options():
         ({"rank": 2, "variant": "eva"}, "rank=2 needs variant='eva_s'"),
         ({"rank": 2, "curvature": "joint"}, "rank=2 needs variant='eva_s'"),
         ({"kl_mode": "clip"}, "kl_mode='clip' needs base='sgd'"),
+        ({"momentum_dtype": "float16"}, "momentum_dtype must be one of 'float32', 'bfloat16', got 'float16'"),
+        ({"momentum_dtype": "bfloat16", "preset": "paper_eva"}, "momentum_dtype='bfloat16' needs base='adamw'.*'sgd'"),
+        ({"momentum_dtype": "bfloat16", "variant": "none"}, "and preconditioning, but .* variant='none'"),
         ({"momentum": 0}, "nesterov=True needs momentum above 0"),
         ({"preset": "papr"}, "Unknown preset 'papr': expected one of 'recipe', 'paper_eva'"),
         ({"dampng": 1}, "Unknown Eva option 'dampng': did you mean 'damping'.*valid options are preset, variant, "),

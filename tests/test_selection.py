@@ -271,6 +271,17 @@ def test_the_bytes_of_the_plan_are_those_of_the_optimizer(config, dtype, changes
     assert found.adamw_bytes == kept_bytes(adamw, model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_momentum_in_low_precision(dtype):
+    model, config = gpt2().to(dtype), EvaConfig(momentum_dtype="bfloat16")
+    found = plan(model, config=config)
+    optimizer = create_eva_optimizer(model, config=config)
+    model(**FAMILIES["gpt2"].batch).loss.backward()
+    optimizer.step()
+    assert found.state_bytes == kept_bytes(optimizer, model.parameters())
+    assert found.state_bytes < plan(model).state_bytes or dtype == torch.bfloat16
+
+
 def test_tied_weights_are_counted_once():
     model = gpt2()
     trainable = sum(parameter.numel() for parameter in model.parameters())

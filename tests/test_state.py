@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_equal, data, every_config, mlp, train
+from helpers import FAMILIES, assert_equal, data, every_config, gpt2, mlp, train
 from torch import nn
 
 from hf_eva import Eva, EvaConfig, create_eva_optimizer
@@ -69,6 +69,100 @@ def test_a_low_precision_model_keeps_statistics_in_float32(config):
         assert {v.dtype for k, v in optimizer.state[layer.weight].items() if k.startswith("eva_")} == {torch.float32}
         assert layer.weight.dtype == torch.bfloat16 and layer.weight.isfinite().all()
     assert not torch.equal(before[0].weight, model[0].weight)
+
+
+# Momentum in low precision -------------------------------------------------------------------------------------------
+
+LOW = EvaConfig(rank=3, momentum_dtype="bfloat16")
+
+
+def train_text(model, optimizer, steps=3):
+    found = []
+    for _ in range(steps):
+        loss = model(**FAMILIES["gpt2"].batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def dtypes(model, optimizer):
+    """Of all state but counts, by what it belongs to and its name."""
+    own = {id(layer.weight): "layer" for layer in optimizer.layers}
+    own |= {id(module.weight): "embedding" for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        (own.get(id(parameter), "other"), key): value.dtype
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if key != "step"
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_only_momentum_is_kept_in_low_precision(dtype):
+    model, precise = gpt2().to(dtype), torch.promote_types(dtype, torch.float32)
+    optimizer = create_eva_optimizer(model, lr=0.01, config=LOW)
+    train_text(model, optimizer, 1)
+    statistics = {("layer", f"eva_{name}"): precise for name in ("a", "g", "rows", "square", "updates")}
+    assert dtypes(model, optimizer) == statistics | {
+        ("layer", "momentum_buffer"): torch.bfloat16,
+        ("embedding", "exp_avg"): torch.bfloat16,
+        ("embedding", "exp_avg_sq"): precise,
+        ("other", "exp_avg"): dtype,
+        ("other", "exp_avg_sq"): dtype,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_with_low_momentum_resumes_bit_for_bit(dtype):
+    model = gpt2().to(dtype)
+    optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=LOW)
+    train_text(model, optimizer)
+    saved, resumed = io.BytesIO(), copy.deepcopy(model)
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    second = create_eva_optimizer(resumed, lr=0.01, weight_decay=0.1, config=LOW)
+    second.load_state_dict(torch.load(saved, weights_only=True))
+    assert dtypes(resumed, second) == dtypes(model, optimizer)
+    assert train_text(resumed, second) == train_text(model, optimizer)
+    assert_equal(resumed, model)
+
+
+def test_low_momentum_trains_as_well():
+    models = [gpt2(), gpt2()]
+    models[1].load_state_dict(models[0].state_dict())
+    pairs = zip(models, (EvaConfig(rank=3), LOW), strict=True)
+    one, other = (
+        train_text(model, create_eva_optimizer(model, lr=0.01, config=config), 24) for model, config in pairs
+    )
+    assert one[-1] < 0.9 * one[0] and one != other
+    assert other == pytest.approx(one, rel=2e-3)
+
+
+@pytest.mark.parametrize(("first", "second"), [(LOW, EvaConfig(rank=3)), (EvaConfig(rank=3), LOW)])
+def test_the_config_says_what_a_loaded_momentum_is_kept_in(first, second):
+    model = gpt2()
+    optimizer = create_eva_optimizer(model, config=first)
+    train_text(model, optimizer, 1)
+    other = create_eva_optimizer(model, config=second)
+    other.load_state_dict(optimizer.state_dict())
+    loaded = dtypes(model, other)
+    train_text(model, other, 1)
+    assert loaded == dtypes(model, other)
+    expected = {"bfloat16": torch.bfloat16, "float32": torch.float32}[second.momentum_dtype]
+    assert {loaded["layer", "momentum_buffer"], loaded["embedding", "exp_avg"]} == {expected}
+
+
+def test_low_momentum_follows_a_model_of_another_precision():
+    model = gpt2()
+    optimizer = create_eva_optimizer(model, config=LOW)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        train_text(model, optimizer, 1)
+        found = dtypes(model, optimizer)
+        assert {found["layer", "momentum_buffer"], found["embedding", "exp_avg"]} == {torch.bfloat16}
+        assert found["layer", "eva_rows"] == torch.promote_types(dtype, torch.float32)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
