@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .collectives import sum_over_processes_
-from .layers import Layer, working_dtype
+from .layers import Layer, LayerKind, working_dtype
 from .masks import MaskScope, scopes_of
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Statistics:
     Means of one layer over the tokens of a window and over all processes; `g` is a sum over tokens, like `bias.grad`.
 
     `tokens` is the number of tokens; 0 says that the layer was not used. `a_square` is the mean of `‖x‖²` and
-    `g_square` is `N Σ‖δ‖²`, the traces of the two factors. Without output gradients `g` and `g_square` stay 0.
+    `g_square` is `N Σ‖δ‖²`, the traces of the two factors. Without output gradients `g` is empty and `g_square` 0.
     """
 
     tokens: Tensor
@@ -67,11 +67,13 @@ class Capture:
         self._sizes: list[list[int]] = []
         for layer in self.layers:
             d_out, d_in = layer.shape
-            self._sizes.append([1, d_in, 1, d_out, 1])  # in the order of Statistics
+            of_outputs = [d_out, 1] if with_output_gradients else [0, 0]
+            self._sizes.append([1, d_in, 1, *of_outputs])  # in the order of Statistics
             if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values()):
                 raise ValueError(
                     f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
                 )
+        self._read: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
         self._starts = [0, *accumulate(map(sum, self._sizes))]
         handles: list[RemovableHandle] = []
         self.models, self.scopes = scopes_of(model, [layer.name for layer in self.layers])
@@ -133,9 +135,26 @@ class Capture:
             count = tokens.clamp_min(1)
             # A process's gradients belong to its own mean loss; the loss of all is the mean over processes.
             g, g_square = g / processes / scale, count * (g_square / processes**2 / scale / scale)
-            statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count)[0], g, g_square[0]))
+            statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count)[0], g, g_square.sum()))
         buffer.zero_()
         return statistics
+
+    def input_sums(self, index: int, module: nn.Module, x: Tensor, rows: Tensor | str) -> Tensor:
+        """
+        The sums of an input, in the order of [`Statistics`]. What the layer before has received as well, as query, key
+        and value do, is read once.
+        """
+        kind, dtype = self.layers[index].kind, working_dtype(self.layers[index].weight)
+        scope, key = self.scopes[index], None
+        # A kind with sums of its own may make them differently for each module. Inference tensors count no changes.
+        if type(kind).input_sums is LayerKind.input_sums and not x.is_inference():
+            key = x._version, dtype, scope, scope.number, isinstance(rows, str)
+            if self._read is not None and self._read[0]() is x and self._read[1] == key:
+                return self._read[2]
+        x_sum, x_square, tokens = kind.input_sums(module, x, dtype, None if isinstance(rows, str) else rows)
+        sums = torch.cat([tokens.view(1), x_sum, x_square.view(1)])
+        self._read = None if key is None else (weakref.ref(x), key, sums)
+        return sums
 
     def slot(self, index: int, device: torch.device) -> Tensor:
         """The part of the buffer that belongs to a layer."""
@@ -199,17 +218,14 @@ def _before_model(
 def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if not output.requires_grad:
         return
-    layer, scope = capture.layers[index], capture.scopes[index]
-    x = (args[0] if args else next(iter(kwargs.values()))).detach()
+    scope, x = capture.scopes[index], args[0] if args else next(iter(kwargs.values()))
     # Reentrant checkpointing calls the layer again when its model may have been called with another batch.
     is_unclear = _in_backward() and scope.is_ambiguous
     rows = "all" if is_unclear else scope.rows(index, x)
     if isinstance(rows, str) and rows == "none":
         return
     with torch.no_grad():
-        real = None if isinstance(rows, str) else rows
-        x_sum, x_square, tokens = layer.kind.input_sums(module, x, working_dtype(layer.weight), real)
-        sums = torch.cat([tokens.view(1), x_sum, x_square.view(1)])
+        sums = capture.input_sums(index, module, x, rows)
     slot = capture.slot(index, output.device)
     capture.called.add(index)
     # On the tensor that holds the values: an in-place operation gives a view another gradient, but not its base.

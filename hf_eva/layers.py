@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import BLOCK
+
 
 class LayerKind:
     """How a module computes `y = W x + b` over tokens. Subclasses override what differs from `nn.Linear`."""
@@ -54,14 +56,12 @@ class LayerKind:
         with booleans `(tokens,)` which tokens count.
         """
         rows = x.reshape(-1, x.shape[-1])
-        if real is None:
-            return rows.sum(0, dtype=dtype), _squares(rows, dtype), _count(len(rows), x.device, dtype)
-        rows = torch.where(real.unsqueeze(1), rows, 0)  # no product: padding may hold anything, also NaN
-        return rows.sum(0, dtype=dtype), _squares(rows, dtype), real.sum(dtype=dtype)
+        tokens = _count(len(rows), x.device, dtype) if real is None else real.sum(dtype=dtype)
+        return *_row_sums(rows, dtype, real), tokens
 
     def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`Σ δ` of shape `(d_out,)` and `Σ ‖δ‖²` of the gradient at the module's output."""
-        return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype), _squares(grad, dtype)
+        return _row_sums(grad.reshape(-1, grad.shape[-1]), dtype)
 
 
 class Conv1DKind(LayerKind):
@@ -113,7 +113,8 @@ class Conv2dKind(LayerKind):
             x = x.unsqueeze(0)
         # Taking patches is linear, so the batch is summed first and only one image has to be unfolded.
         sums, positions = self._patch_sums(module, x.sum(0, keepdim=True, dtype=dtype))
-        squares, _ = self._patch_sums(module, x.to(dtype).square().sum(0, keepdim=True))
+        norms = torch.linalg.vector_norm(x, dim=0, keepdim=True, dtype=dtype)
+        squares, _ = self._patch_sums(module, norms.square())
         return sums, squares.sum(), _count(x.shape[0] * positions, x.device, dtype)
 
     def _patch_sums(self, module: nn.Conv2d, image: Tensor) -> tuple[Tensor, int]:
@@ -192,6 +193,28 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _count(tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.full((), tokens, device=device, dtype=dtype)
+
+
+def _row_sums(rows: Tensor, dtype: torch.dtype, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sum `(d,)` of rows `(n, d)` and `Σ ‖row‖²`, in one precision; of those only that are `real`."""
+    if rows.device.type != "cpu" or (rows.dtype == dtype and real is None):
+        chosen = rows if real is None else _chosen(rows, real)
+        return chosen.sum(0, dtype=dtype), _squares(chosen, dtype)
+    # On a CPU a reduction in higher precision begins with a copy of everything, and so does a choice of rows: in parts
+    # that the caches hold, it needs no memory and a quarter of the time.
+    size = max(1, BLOCK // rows.shape[1])
+    sums, squares = [], []
+    for start in range(0, max(1, len(rows)), size):
+        part = rows[start : start + size].to(dtype)
+        if real is not None:
+            part = _chosen(part, real[start : start + size])
+        sums.append(part.sum(0))
+        squares.append(_squares(part, dtype))
+    return torch.stack(sums).sum(0), torch.stack(squares).sum()
+
+
+def _chosen(rows: Tensor, real: Tensor) -> Tensor:
+    return torch.where(real.unsqueeze(1), rows, 0)  # no product: padding may hold anything, also NaN
 
 
 def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:

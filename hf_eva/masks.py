@@ -27,7 +27,7 @@ class MaskScope:
         self.names = list(inspect.signature(model.forward).parameters)
         self.parent = parent
         self.start()
-        self._pass = 0
+        self.number = 0  # of the last forward pass
         self._readers: dict[int, int] = {}  # layers that have read positions of the batch, and in which forward pass
         self._mask: Tensor | None = None
         self._memory: tuple[int, tuple[int, ...]] | None = None
@@ -60,7 +60,7 @@ class MaskScope:
         mask = given.get("encoder_attention_mask")
         self._memory = _identity(states) if isinstance(states, Tensor) else None
         self._memory_mask = mask.ne(0) if _is_mask(mask) else None
-        self._pass += 1
+        self.number += 1
         self._calls += 1
         self._was_masked |= self._mask is not None or self._memory_mask is not None
 
@@ -78,9 +78,9 @@ class MaskScope:
             return "all"
         elif x.shape[:-1] == self._mask.shape or (x.ndim == 2 and len(x) == self._mask.numel()):
             mask = self._mask
-            self._readers[layer] = self._pass
+            self._readers[layer] = self.number
         else:
-            return "none" if self._readers.get(layer) == self._pass else "all"
+            return "none" if self._readers.get(layer) == self.number else "all"
         return "all" if mask is None else mask.reshape(-1).to(x.device)
 
 

@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FAMILIES, albert, assert_near, attach, convnet, data, expected, gathered, losses, mlp
+from helpers import FAMILIES, albert, assert_near, attach, convnet, data, expected, gathered, losses, mlp, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_eva import plan
+import hf_eva
+from hf_eva import EvaConfig, create_eva_optimizer, plan
 from hf_eva.capture import Capture
+from hf_eva.layers import LayerKind
 
 # The sums ------------------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,17 @@ def test_without_output_gradients_only_inputs_are_summed():
     assert all(value.abs().sum() == 0 for name, value in found.items() if name not in inputs)
 
 
+@pytest.mark.parametrize(("variant", "numbers"), [("eva", 18 + 16 + 3 * 3), ("eva_f", 18 + 3 * 2)])
+def test_a_step_sends_what_its_variant_needs_at_once(variant, numbers, monkeypatch):
+    sent = []
+    monkeypatch.setattr(hf_eva.capture, "sum_over_processes_", lambda buffer: sent.append(len(buffer)) or 1)
+    model = mlp()
+    optimizer = create_eva_optimizer(model, config=EvaConfig(variant=variant))
+    for _ in range(2):
+        train(model, optimizer, steps=1, micro_batches=3)
+    assert sent == [numbers] * 2
+
+
 def test_low_precision_models_are_summed_in_float32():
     model = nn.Sequential(nn.Linear(2, 2)).to(torch.bfloat16)
     capture = attach(model)
@@ -79,6 +92,71 @@ def test_autocast_changes_no_count():
     found = gathered(capture)
     assert found["0 tokens"] == 192 and found["0 a"].tolist() == [1.0] * 6
     assert_near([found["5 g"]], [model[5].bias.grad], 1e-2)
+
+
+# Each input once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The shapes of all inputs that sums were made of."""
+    found, original = [], LayerKind.input_sums
+
+    def input_sums(self, module, x, *args):
+        found.append(tuple(x.shape))
+        return original(self, module, x, *args)
+
+    monkeypatch.setattr(LayerKind, "input_sums", input_sums)
+    return found
+
+
+def test_query_key_and_value_read_their_input_once(reads):
+    pytest.importorskip("transformers")
+    model, batch = FAMILIES["bert"].build().double(), FAMILIES["bert"].batch
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    loss = lambda model: model(**batch).loss  # noqa: E731
+    wanted = expected(model, loss)
+    capture = attach(model)
+    reads.clear()
+    loss(model).backward()
+    assert len(capture.layers) == 14 and len(reads) == 10
+    assert_near(gathered(capture), wanted, 1e-12)
+
+
+class Twice(nn.Module):
+    """Two layers with one input, or in between made anew or changed."""
+
+    def __init__(self, between=lambda x: x):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(6, 4), nn.Linear(6, 4), between
+
+    def forward(self, x, attention_mask=None):
+        return self.first(x) + self.second(self.between(x))
+
+
+@pytest.mark.parametrize(("between", "number"), [(lambda x: x, 1), (lambda x: x.clone(), 2), (lambda x: x.add_(1), 2)])
+def test_what_has_changed_is_read_again(between, number, reads):
+    model, x = Twice(between), torch.randn(4, 3, 6)
+    before = x.clone()
+    capture = attach(model)
+    with torch.autocast("cpu", torch.bfloat16):  # whose graph keeps copies of inputs, so that these may change
+        loss = model(x).float().square().sum()
+    loss.backward()
+    found = gathered(capture)
+    assert len(reads) == number
+    assert_near([found["first a"], found["second a"]], [one.flatten(0, 1).mean(0) for one in (before, x)], 1e-6)
+
+
+def test_one_input_under_two_masks_is_read_twice(reads):
+    model, x = Twice().double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    masks = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 0, 0], [0, 0, 0]])
+    capture = attach(model)
+    for mask in masks:
+        model(x, attention_mask=mask).sum().backward()
+    found = gathered(capture)
+    assert len(reads) == 2 and found["first tokens"] == found["second tokens"] == 5
+    kept = torch.cat([x[mask.bool()] for mask in masks])
+    assert_near([found["first a"], found["second a"]], [kept.mean(0)] * 2, 1e-12)
 
 
 # Each token once -----------------------------------------------------------------------------------------------------

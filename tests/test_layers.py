@@ -7,6 +7,7 @@ from helpers import assert_near
 from reference import output_tokens, tokens
 from torch import nn
 
+from hf_eva import layers as rooms
 from hf_eva.layers import Layer, kind_of
 
 CONVOLUTIONS = [
@@ -114,3 +115,21 @@ def test_a_layer_asks_its_module():
     module.bias.requires_grad_(False)
     assert layer.bias is None
     assert Layer("name", nn.Linear(5, 3, bias=False), kind_of(module)).bias is None
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_sums_in_higher_precision_copy_no_input(is_masked, monkeypatch):
+    """Under autocast inputs and output gradients come in bfloat16, of which torch's reductions make a copy first."""
+    monkeypatch.setattr(rooms, "BLOCK", 2**10)
+    module = nn.Linear(64, 3)
+    x = (torch.randn(1000, 64) + 1).bfloat16()
+    real = torch.arange(1000) % 3 > 0 if is_masked else None
+    kind, wanted = kind_of(module), (x if real is None else x[real]).double()
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        total, square, count = kind.input_sums(module, x, torch.float32, real)
+    allocated = [event.cpu_memory_usage for event in profiled.events() if event.name.startswith("aten::empty")]
+    assert 0 < max(allocated) <= 2**10 * 4
+    assert count == len(wanted)
+    assert_near([total / count, square / count], [wanted.mean(0), wanted.square().sum(1).mean()], 1e-4)
+    if real is None:
+        assert_near(list(kind.output_gradient_sums(x, torch.float32)), [wanted.sum(0), wanted.square().sum()], 0.1)
