@@ -67,6 +67,23 @@ MODELS = {
     "bert": Architecture(BertForSequenceClassification, BertConfig, 12, "BERT-base, BertConfig()"),
     "gpt2": Architecture(GPT2LMHeadModel, GPT2Config, 12, "GPT-2 124M, GPT2Config()"),
     "vit": Architecture(ViTForImageClassification, ViTConfig, 12, "ViT-B/16, ViTConfig()", {"num_labels": 1000}),
+    "bert-mini": Architecture(
+        BertForSequenceClassification,
+        BertConfig,
+        4,
+        "BERT-mini, BertConfig() at width 256",
+        {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
+    ),
+    "gpt2-mini": Architecture(
+        GPT2LMHeadModel, GPT2Config, 4, "GPT2Config() at width 256", {"n_embd": 256, "n_head": 4, "vocab_size": 8192}
+    ),
+    "vit-tiny": Architecture(
+        ViTForImageClassification,
+        ViTConfig,
+        12,
+        "ViT-Ti/16, ViTConfig() at width 192",
+        {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_labels": 1000},
+    ),
     "llama-10m": _llama(192, 3),
     "llama-40m": _llama(384, 6),
     "llama-130m": _llama(704, 11),
@@ -91,6 +108,13 @@ def batch_of(model: PreTrainedModel, size: int, tokens: int) -> dict[str, Tensor
     is_causal = type(model).__name__.endswith("LMHeadModel") or type(model).__name__.endswith("CausalLM")
     labels = inputs if is_causal else torch.randint(0, config.num_labels, (size,), device=device)
     return {model.main_input_name: inputs, "labels": labels}
+
+
+def tokens_of(model: PreTrainedModel, tokens: int) -> int:
+    """The tokens of a text, or those that an image has."""
+    if model.main_input_name != "pixel_values":
+        return tokens
+    return (model.config.image_size // model.config.patch_size) ** 2 + 1
 
 
 def count(model: nn.Module) -> int:

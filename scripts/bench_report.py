@@ -8,9 +8,11 @@ from itertools import groupby
 from typing import Any
 
 import pandas as pd
+from bench_rules import PRODUCTS
 from report import number
 
 BARE = "parameters and gradients"  # the row of the peak memory without an optimizer
+GRADIENTS = "gradients"  # the row of what DDP sends anyway
 FLAT = 1.2  # times the least cost per parameter
 SCALING = "llama-"  # models of the same proportions and of different sizes
 # Part, optimizer, the one that it is compared with, bound on a GPU and on a CPU.
@@ -32,6 +34,15 @@ makes of the time, also as a share of the bandwidth, which a cache can exceed. L
 without, by the formulas of `scripts/bench_rules.py`, and the time that they take at that bandwidth. Calls: kernels on
 a GPU, operations on memory on a CPU. Host reads: on a CPU they include AdamW's own counts of steps, which live on the
 host. What repeats after some steps is spread over them.
+
+Capture: forward and backward with the hooks of a variant, and the share that these add. Variant eva_s, the recipe, has
+none. Memory: the most that parameters, gradients, the optimizer and its step took together, in a process of its own.
+"""
+WIRE = """
+Wire: one all-reduce per step sums the statistics over processes; the recipe sends none, and gradients stand beside it
+as what DDP sends anyway. Measured with gloo between processes of this machine, which share its cores. The model is a
+ring: 2 (p - 1) messages of 1/p of the buffer, at the latency and the bandwidth above for every number of processes and
+between any two of them, with nothing else on the wire and nothing hidden behind the backward pass.
 """
 
 
@@ -42,7 +53,12 @@ def report(rows: list[dict[str, Any]], place: dict[str, str]) -> str:
         first = found[0]
         reduced = f", {first['blocks']} of {first['of_blocks']} blocks" * (first["blocks"] < first["of_blocks"])
         parts.append(f"## {part}: {model}, {first['parameters'] / 1e6:.1f} M parameters{reduced}\n")
-        if "bandwidth" in first:
+        if part == "wire":
+            parts.append(
+                f"Fitted: {first['latency'] * 1e6:.0f} µs a message and {first['bandwidth'] / 1e9:.2f} GB/s, with a "
+                f"median error of {first['error']:.0%}.\n"
+            )
+        elif "bandwidth" in first:
             parts.append(
                 f"Copied or scaled, a large tensor is read and written at {first['bandwidth'] / 1e9:.1f} GB/s.\n"
             )
@@ -50,6 +66,8 @@ def report(rows: list[dict[str, Any]], place: dict[str, str]) -> str:
     judged = list(targets(rows, "CPU" not in place["device"]))
     if judged:
         parts += ["## Targets\n", table(judged)]
+    if any(row["part"] == "wire" for row in rows):
+        parts.append(WIRE.lstrip())
     return "\n".join([*parts, NOTES.strip(), ""])
 
 
@@ -65,6 +83,16 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
             "beyond the gradients": number((row["peak_bytes"] - bare) / 2**20, 4, " MiB"),
             "state": number(row["state_bytes"] / 2**20, 4, " MiB"),
         }
+    if row["part"] == "wire":
+        measured, model = row["seconds"], row["model_seconds"]
+        return {
+            "": row["optimizer"],
+            "processes": str(row["processes"]),
+            "each sends": number(row["sent_bytes"] / 2**20, 3, " MiB"),
+            "ms": "–" if measured is None else number(measured * 1000),
+            "ms by the model": number(model * 1000),
+            "bytes of the gradients'": f"{row['of_gradients']:.2%}",
+        }
     text = {
         **({"batch × tokens": row["size"]} if "size" in row else {}),
         "": row["optimizer"],
@@ -73,7 +101,9 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
         "quartiles": f"{number(row['ratio_low'])} to {number(row['ratio_high'])}",
         "rounds": str(row["rounds"]),
     }
-    if row["part"] == "step":
+    if row["part"] == "capture":
+        text["share"] = f"{row['ratio'] - 1:+.1%}"
+    if "counted_bytes" in row:
         rate = row["counted_bytes"] / row["seconds"]
         text |= {
             "ns/parameter": number(row["ns_per_parameter"]),
@@ -102,14 +132,15 @@ def table(rows: list[dict[str, str]]) -> str:
 
 def targets(rows: list[dict[str, Any]], is_gpu: bool) -> Iterator[dict[str, str]]:
     """Whatever of the targets these rows can judge."""
-    timed = [row for row in rows if row["part"] != "memory"]
-    places = dict.fromkeys((row["part"], row["model"], row.get("size")) for row in timed)
-    for part, model, size in places:
-        ratio = {
-            r["optimizer"]: r["ratio"] for r in timed if (r["part"], r["model"], r.get("size")) == (part, model, size)
-        }
+    timed = [row for row in rows if "ratio" in row]
+    places: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in timed:
+        key = row["part"], row["model"], row.get("size")
+        places.setdefault(key, {})[row["optimizer"]] = row["ratio"]
+    for (part, model, size), ratio in places.items():
         for wanted, name, other, on_gpu, on_cpu in RATIOS:
-            if wanted == part and name in ratio and other in ratio:
+            # One block says little of what is bound by memory.
+            if (wanted == part or (part == "products" and other in PRODUCTS)) and name in ratio and other in ratio:
                 what = f"time of {name} against {other}"
                 where = f"{part}, {model}" + f", {size}" * bool(size)
                 yield judged(what, where, ratio[name] / ratio[other], on_gpu if is_gpu else on_cpu)

@@ -6,13 +6,16 @@ What a step costs: Eva and the optimizers of the field at the true shapes of BER
 
     python scripts/bench_step.py
     python scripts/bench_step.py --models bert --parts whole capture --sizes 8x128 32x128 --optimizers adamw eva
-    python scripts/bench_step.py --models llama-10m llama-130m llama-1b --optimizers eva --output runs/scaling.md
+    python scripts/bench_step.py --parts step --models llama-10m llama-130m llama-1b --optimizers eva
 
-Parts: `step` times the optimizer alone, on gradients of a small batch and without its hooks; `whole` times forward,
-backward, clipping and step at each of --sizes; `capture` times forward and backward with and without the hooks of the
-variants that have some; `memory` is the peak of parameters, gradients and optimizer, each in a process of its own.
-All optimizers of a model take turns on one set of parameters. Where memory is short, the model keeps fewer of its
-blocks, of the same shapes. Times need a machine that does nothing else.
+Parts: `step` times the optimizer alone, on gradients of a small batch and without its hooks; `products` the same, on
+one block, of those whose steps are products and decompositions of matrices; `whole` times forward, backward, clipping
+and step at each of --sizes; `capture` times forward and backward with and without the hooks of the variants that have
+some; `memory` is the peak of parameters, gradients and optimizer, each in a process of its own; `wire` times the one
+all-reduce of the statistics in gloo processes, and says by a model fitted to that what more processes would need. Each
+has models, optimizers and sizes of its own unless they are given. All optimizers of a model take turns on one set of
+parameters. Where memory is short, the model keeps fewer of its blocks, of the same shapes. Times need a machine that
+does nothing else.
 """
 
 from __future__ import annotations
@@ -37,9 +40,10 @@ from bench_measure import (
     time_steps,
     time_training,
 )
-from bench_models import FITS, MODELS, Architecture, batch_of, count, fitting, free_memory
-from bench_report import BARE, report, write_csv
-from bench_rules import OPTIMIZERS, least_bytes
+from bench_models import FITS, MODELS, Architecture, batch_of, count, fitting, free_memory, tokens_of
+from bench_report import BARE, GRADIENTS, report, write_csv
+from bench_rules import OPTIMIZERS, PRODUCTS, least_bytes
+from bench_wire import LADDER, MEASURED, MODELLED, VARIANTS, fit, statistics_bytes, time_all_reduces
 from compare import Workers, environment, machine
 from compare_timing import MEMORY_ENVIRONMENT, ratios, state_bytes
 from transformers import PreTrainedModel
@@ -47,34 +51,51 @@ from transformers.utils import logging
 
 from hf_eva import plan
 
-PARTS = ("step", "whole", "capture", "memory")
+LIGHT = [name for name in OPTIMIZERS if name not in PRODUCTS]
+# Of each part: models, optimizers and sizes; all of them together take about ten minutes on two cores.
+PARTS: dict[str, tuple[list[str], list[str], list[tuple[int, int]]]] = {
+    "step": (["bert", "gpt2", "vit"], LIGHT, []),
+    "products": (["bert"], ["adamw", "eva", *PRODUCTS], []),
+    "whole": (["bert"], ["adamw", "eva"], [(8, 128)]),
+    "capture": (["bert-mini", "gpt2-mini", "vit-tiny"], ["eva"], [(8, 32), (8, 128), (32, 128)]),
+    "memory": (["bert"], ["adamw", "adamw_8bit", "sgd", "eva", "eva_bf16"], []),
+    "wire": (["bert"], ["eva"], []),
+}
 WHOLE_FITS = 0.6  # where activations need room, too
 Row = dict[str, Any]
 
 
-def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
-    """Yields a row for each measurement of a model."""
-    dtype, device = getattr(torch, args.dtype), args.device
-    for part in args.parts:
-        limit = free_memory(device) * (WHOLE_FITS if part in ("whole", "capture") else FITS)
-        if part == "memory":  # each by itself, and all on the same model
-            groups = [[one] for one in args.optimizers]
-            layers = min(fitting(MODELS[name], group, dtype, limit, args.layers)[0] for group in groups)
+def measure(part: str, name: str, optimizers: list[str], sizes: list[tuple[int, int]], args: Any) -> Iterator[Row]:
+    """Yields a row for each measurement of a part on a model."""
+    dtype, device, most = getattr(torch, args.dtype), args.device, args.layers
+    limit = free_memory(device) * (WHOLE_FITS if part in ("whole", "capture") else FITS)
+    if part == "wire":  # which needs no memory
+        layers = min(most or MODELS[name].layers, MODELS[name].layers)
+    elif part == "memory":  # each by itself, and all on the same model
+        layers = min(fitting(MODELS[name], [one], dtype, limit, most)[0] for one in optimizers)
+    else:
+        names = optimizers[:1] if part == "capture" else optimizers
+        layers, groups = fitting(MODELS[name], names, dtype, limit, most or (1 if part == "products" else None))
+    place = {"part": part, "model": name}
+    place |= {"blocks": layers, "of_blocks": MODELS[name].layers, "parameters": count(MODELS[name].build(layers))}
+    print(f"{part}: {name} with {layers} of {MODELS[name].layers} blocks", file=sys.stderr)
+    if part == "memory":
+        rows = memory_rows(MODELS[name], layers, dtype, optimizers, args)
+    elif part == "wire":
+        rows = wire_rows(MODELS[name].build(layers), args)
+    else:
+        model = MODELS[name].build(layers, device, dtype)
+        if part == "whole":
+            rows = whole_rows(model, groups, unlike(model, sizes), args)
         else:
-            names = args.optimizers[:1] if part == "capture" else args.optimizers
-            layers, groups = fitting(MODELS[name], names, dtype, limit, args.layers)
-        place = {"part": part, "model": name, "blocks": layers, "of_blocks": MODELS[name].layers}
-        place["parameters"] = count(MODELS[name].build(layers))
-        print(f"{part}: {name} with {layers} of {MODELS[name].layers} blocks", file=sys.stderr)
-        if part == "memory":
-            rows = memory_rows(MODELS[name], layers, dtype, args)
-        else:
-            model = MODELS[name].build(layers, device, dtype)
-            rows = {"step": step_rows, "whole": whole_rows, "capture": capture_rows}[part](model, groups, args)
-        for row in rows:
-            yield {**place, **row}
-        model = None
-        gc.collect()
+            rows = (
+                capture_rows(model, unlike(model, sizes), args)
+                if part == "capture"
+                else step_rows(model, groups, args)
+            )
+    for row in rows:
+        yield {**place, **row}
+    gc.collect()
 
 
 def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Namespace) -> Iterator[Row]:
@@ -91,7 +112,7 @@ def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Na
                 **row,
                 "ns_per_parameter": row["seconds"] / parameters * 1e9,
                 "counted_bytes": side.counts.bytes,
-                "least_bytes": least_bytes(OPTIMIZERS[side.name].peer, side.model),
+                "least_bytes": least_bytes(OPTIMIZERS[side.name].peer, side.model, OPTIMIZERS[side.name].options),
                 "bandwidth": highest,
                 "calls": side.counts.calls,
                 "host_reads": side.counts.host_reads,
@@ -100,31 +121,48 @@ def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Na
             }
 
 
-def whole_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Namespace) -> Iterator[Row]:
+def whole_rows(
+    model: PreTrainedModel, groups: list[list[str]], sizes: list[tuple[int, int]], args: argparse.Namespace
+) -> Iterator[Row]:
     for number, group in enumerate(groups):
         sides = [make_side(name, model) for name in group]
-        for size in args.sizes:
+        for size in sizes:
             for side in sides:
                 side.seconds, side.spent = [], 0.0
             batch = batch_of(model, *size)
             time_training(sides, batch, args.rounds, args.steps, args.patience, args.autocast)
-            yield from ({"size": label(size), **timed(side, sides[0])} for side in sides[number > 0 :])
+            yield from ({"size": label(model, size), **timed(side, sides[0])} for side in sides[number > 0 :])
 
 
-def capture_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Namespace) -> Iterator[Row]:
-    for size in args.sizes:
+def capture_rows(model: PreTrainedModel, sizes: list[tuple[int, int]], args: argparse.Namespace) -> Iterator[Row]:
+    for size in sizes:
         batch = batch_of(model, *size)
         sides = time_capture(model, batch, args.rounds, args.steps, args.patience, args.autocast)
-        yield from ({"size": label(size), **timed(side, sides[0])} for side in sides)
+        yield from ({"size": label(model, size), **timed(side, sides[0])} for side in sides)
 
 
-def memory_rows(model: Architecture, layers: int, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[Row]:
+def memory_rows(
+    model: Architecture, layers: int, dtype: torch.dtype, optimizers: list[str], args: argparse.Namespace
+) -> Iterator[Row]:
     variables = {**environment(args.threads), **MEMORY_ENVIRONMENT}
     if args.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    jobs = {one or BARE: (model, layers, dtype, args.device, one) for one in (None, *args.optimizers)}
+    jobs = {one or BARE: (model, layers, dtype, args.device, one) for one in (None, *optimizers)}
     with Workers(1, variables) as pool:
         yield from ({"optimizer": one, **found} for one, found in pool.map(measure_memory, jobs))
+
+
+def wire_rows(model: PreTrainedModel, args: argparse.Namespace) -> Iterator[Row]:
+    sizes = {variant: statistics_bytes(model, variant) for variant in VARIANTS}
+    measured = time_all_reduces([*LADDER, *sizes.values()], args.rounds)
+    ring = fit(measured)
+    everything = sizes | {GRADIENTS: sum(p.numel() * p.element_size() for p in model.parameters())}
+    for name, size in everything.items():
+        for processes in (*MEASURED, *MODELLED):
+            row = {"optimizer": name, "processes": processes, "bytes": size, "sent_bytes": ring.sent(size, processes)}
+            row |= {"seconds": measured.get((size, processes)), "model_seconds": ring.seconds(size, processes)}
+            row |= {"latency": ring.latency, "bandwidth": ring.bandwidth, "error": ring.error}
+            yield {**row, "of_gradients": size / everything[GRADIENTS]}
 
 
 def timed(side: Side, baseline: Side) -> Row:
@@ -132,8 +170,13 @@ def timed(side: Side, baseline: Side) -> Row:
     return {"optimizer": side.name, "baseline": baseline.name, **measured, "rounds": len(side.seconds)}
 
 
-def label(size: tuple[int, int]) -> str:
-    return "{} × {}".format(*size)
+def label(model: PreTrainedModel, size: tuple[int, int]) -> str:
+    return f"{size[0]} × {tokens_of(model, size[1])}"
+
+
+def unlike(model: PreTrainedModel, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The sizes that differ for a model: an image has its own number of tokens."""
+    return list({label(model, size): size for size in sizes}.values())
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -152,16 +195,15 @@ def positive(text: str) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=["bert", "gpt2", "vit", "llama-1b"], metavar="MODEL",
-        help=f"Out of {', '.join(MODELS)} (default: %(default)s).")  # fmt: skip
-    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME",
-        help=f"Out of {', '.join(OPTIMIZERS)} (default: all). Ratios are to adamw, or else to the first.")  # fmt: skip
-    add("--parts", nargs="+", choices=PARTS, default=["step", "memory"], help="What to measure (%(default)s).")
-    add("--sizes", nargs="+", type=size_of, default=[(32, 128)], metavar="BATCHxTOKENS",
-        help="Batches of the whole step and of the capture (32x128); an image has its own tokens.")  # fmt: skip
+    add("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"Out of {', '.join(MODELS)}.")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, metavar="NAME",
+        help=f"Out of {', '.join(OPTIMIZERS)}. Ratios are to adamw, or else to the first.")  # fmt: skip
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="What to measure (default: all).")
+    add("--sizes", nargs="+", type=size_of, metavar="BATCHxTOKENS",
+        help="Batches of the whole step and of the capture; an image has its own tokens.")  # fmt: skip
     add("--rounds", type=positive, default=5, help="Turns of each optimizer (%(default)s).")
-    add("--steps", type=positive, default=3, help="Steps of a turn, rounded up to whole intervals (%(default)s).")
-    add("--patience", type=float, default=300, metavar="SECONDS",
+    add("--steps", type=positive, default=1, help="Steps of a turn, rounded up to whole intervals (%(default)s).")
+    add("--patience", type=float, default=20, metavar="SECONDS",
         help="After which an optimizer has no further turn; the first it always has (%(default)s).")  # fmt: skip
     add("--layers", type=positive, metavar="N", help="Blocks of each model (default: all that fit into memory).")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,7 +215,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if wrong := [path for path in args.output if not path.endswith((".md", ".csv"))]:
         parser.error(f"--output takes files that end in .md or .csv, got {wrong[0]!r}")
-    args.optimizers.sort(key=lambda name: name != "adamw")  # the baseline first, where it takes part
+    if args.optimizers:
+        args.optimizers.sort(key=lambda name: name != "adamw")  # the baseline first, where it takes part
     return args
 
 
@@ -186,9 +229,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cpu" and torch.cuda.is_available():
         place["device"] = f"{args.threads} CPU threads"
     rows = []
-    for name in args.models:
+    for part, name in [(one, name) for one in args.parts for name in args.models or PARTS[one][0]]:
+        _, optimizers, sizes = PARTS[part]
         try:
-            rows += measure(name, args)
+            rows += measure(part, name, args.optimizers or optimizers, args.sizes or sizes, args)
         except ValueError as error:
             sys.exit(f"bench_step.py: error: {error}")
         except KeyboardInterrupt:

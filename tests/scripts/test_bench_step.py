@@ -5,6 +5,7 @@ import bench_models
 import bench_report
 import bench_rules
 import bench_step
+import bench_wire
 import pandas as pd
 import peers
 import pytest
@@ -93,7 +94,7 @@ def test_counts_are_those_of_the_operations():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_formulas_of_bytes_agree_with_what_is_counted_and_kept(sides, name):
     side, chosen = sides[name], OPTIMIZERS[name]
-    least = bench_rules.least_bytes(chosen.peer, side.model)
+    least = bench_rules.least_bytes(chosen.peer, side.model, chosen.options)
     if name in ("adamw", "sgd"):
         assert side.counts.bytes == pytest.approx(least, rel=1e-3)
     else:
@@ -106,7 +107,7 @@ def test_formulas_of_bytes_agree_with_what_is_counted_and_kept(sides, name):
 def test_a_step_of_eva_waits_for_nothing_and_the_published_one_for_each_layer(sides):
     layers = len(hf_eva.plan(sides["eva"].model).layers)
     assert sides["published_eva"].counts.host_reads == 5 * layers
-    for name in ("adamw", "sgd", "eva", "eva_rank_1", "paper_eva", "paper_eva_f", "paper_eva_s"):
+    for name in ("adamw", "sgd", "eva", "eva_bf16", "eva_rank_1", "paper_eva", "paper_eva_f", "paper_eva_s"):
         assert sides[name].counts.host_reads == 0
     assert 1 <= sides["sgd"].counts.calls <= sides["adamw"].counts.calls < sides["published_eva"].counts.calls
 
@@ -175,7 +176,20 @@ def test_patience_ends_the_turns_of_one_that_is_slow():
 def test_the_record_holds_tables_targets_and_how_it_was_made(tiny, tmp_path, capsys):
     text, csv = tmp_path / "new" / "step.md", tmp_path / "step.csv"
     arguments = ["--models", "tiny", "--optimizers", "eva", "paper_eva", "sgd_foreach", "adamw", "--rounds", "2"]
-    arguments += ["--parts", "step", "whole", "capture", "--sizes", "2x8", "1x4", "--steps", "1", "--layers", "1"]
+    arguments += [
+        "--parts",
+        "step",
+        "products",
+        "whole",
+        "capture",
+        "--sizes",
+        "2x8",
+        "1x4",
+        "--steps",
+        "1",
+        "--layers",
+        "1",
+    ]
     bench_step.main([*arguments, "--threads", "1", "--device", "cpu", "--output", str(text), str(csv)])
     printed, written = capsys.readouterr().out, text.read_text()
     assert printed.strip() == written.strip()
@@ -184,7 +198,7 @@ def test_the_record_holds_tables_targets_and_how_it_was_made(tiny, tmp_path, cap
     for target in ("paper_eva against sgd_foreach", "eva against adamw", "eva against no capture", "bytes of state"):
         assert target in written
     rows = pd.read_csv(csv)
-    assert set(rows["part"]) == {"step", "whole", "capture"} and set(rows["blocks"]) == {1}
+    assert set(rows["part"]) == {"step", "products", "whole", "capture"} and set(rows["blocks"]) == {1}
     steps = rows[rows["part"] == "step"]
     assert list(steps["optimizer"]) == ["adamw", "eva", "paper_eva", "sgd_foreach"]
     assert (steps["baseline"] == "adamw").all() and steps["ratio"].iloc[0] == 1
@@ -192,6 +206,7 @@ def test_the_record_holds_tables_targets_and_how_it_was_made(tiny, tmp_path, cap
     whole = rows[rows["part"] == "whole"]
     assert sorted(set(whole["size"])) == ["1 × 4", "2 × 8"] and len(whole) == 8
     assert list(rows[rows["part"] == "capture"]["optimizer"]) == ["no capture", "eva_f", "eva"] * 2
+    assert "| share" in written
 
 
 def test_targets_are_judged_by_the_ratios():
@@ -199,6 +214,9 @@ def test_targets_are_judged_by_the_ratios():
     rows = [
         {**base, "optimizer": name, "ratio": ratio, "ns_per_parameter": ratio}
         for name, ratio in (("adamw", 1.0), ("eva", 1.8), ("muon", 9.0), ("paper_eva", 1.0), ("published_eva", 2.0))
+    ]
+    rows += [
+        {**rows[0], "part": "products", "optimizer": name, "ratio": r} for name, r in (("eva", 2.5), ("soap", 2.0))
     ]
     rows += [{**rows[1], "model": f"llama-{size}", "ns_per_parameter": cost} for size, cost in (("a", 1), ("b", 1.3))]
 
@@ -209,12 +227,55 @@ def test_targets_are_judged_by_the_ratios():
         ("time of eva against adamw", "step, bert"): "met",
         ("time of eva against muon", "step, bert"): "met",
         ("time of paper_eva against published_eva", "step, bert"): "not met",
+        ("time of eva against soap", "products, bert"): "not met",
         ("bytes of state of eva against AdamW", "bert"): "met",
         ("bytes of state of eva against AdamW", "llama-a"): "met",
         ("bytes of state of eva against AdamW", "llama-b"): "met",
         ("time of eva per parameter, most against least", "2 sizes"): "not met",
     }
     assert verdicts(True)["time of eva against adamw", "step, bert"] == "not met"
+
+
+# The wire ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", bench_wire.VARIANTS)
+def test_the_bytes_of_statistics_are_those_that_are_sent(variant, monkeypatch):
+    sent = []
+    monkeypatch.setattr("hf_eva.capture.sum_over_processes_", lambda buffer: sent.append(buffer.nbytes) or 1)
+    model = gpt2()
+    optimizer = hf_eva.create_eva_optimizer(model, config=hf_eva.EvaConfig(variant=variant))
+    ids = torch.arange(12).view(2, 6)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert sum(sent) == bench_wire.statistics_bytes(model, variant) and len(sent) == (variant != "eva_s")
+
+
+@pytest.mark.parametrize("ring", [(2e-5, 1e9), (0.0, 1e9), (1e-4, float("inf"))], ids=str)
+def test_the_model_of_a_ring_is_found_again(ring):
+    ring = bench_wire.Ring(*ring)
+    keys = [(size, processes) for size in bench_wire.LADDER for processes in bench_wire.MEASURED]
+    found = bench_wire.fit({key: ring.seconds(*key) for key in keys})
+    assert found.latency == pytest.approx(ring.latency, rel=1e-6, abs=1e-12)
+    assert 1 / found.bandwidth == pytest.approx(1 / ring.bandwidth, rel=1e-6, abs=1e-16)
+    assert found.error < 1e-6
+    assert ring.sent(2**20, 2) == 2**20 and ring.sent(2**20, 1024) == pytest.approx(2**21, rel=1e-3)
+    assert ring.seconds(0, 64) == 0
+
+
+@pytest.mark.distributed
+def test_the_wire_is_measured_and_modelled(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_step, "LADDER", (2**12, 2**16))
+    text, csv = tmp_path / "wire.md", tmp_path / "wire.csv"
+    arguments = ["--parts", "wire", "--models", "tiny", "--rounds", "2", "--threads", "1", "--device", "cpu"]
+    bench_step.main([*arguments, "--output", str(text), str(csv)])
+    rows = pd.read_csv(csv)
+    measured = rows[rows["seconds"].notna()]
+    assert set(measured["processes"]) == {1, 2, 4} and set(measured["optimizer"]) == {"eva", "eva_f"}
+    assert set(rows["processes"]) == {1, 2, 4, 8, 16, 64, 256, 1024}
+    assert (rows[rows["optimizer"] == "eva_s"]["sent_bytes"] == 0).all()
+    assert (rows[(rows["processes"] > 1) & (rows["bytes"] > 0)]["model_seconds"] > 0).all()
+    assert "Fitted: " in text.read_text() and "ring: 2 (p - 1) messages" in text.read_text()
 
 
 @pytest.mark.slow
@@ -234,6 +295,7 @@ def test_peak_memory_is_measured_in_processes_of_their_own(tiny, tmp_path):
     [
         (["--sizes", "32"], "expected BATCHxTOKENS such as 32x128, got '32'"),
         (["--sizes", "0x8"], "got '0x8'"),
+        (["--parts", "speed"], "invalid choice: 'speed'"),
         (["--rounds", "0"], "expected a whole number above 0, got '0'"),
         (["--output", "step.txt"], "files that end in .md or .csv, got 'step.txt'"),
     ],
