@@ -23,7 +23,12 @@ from hf_eva import EvaConfig, create_eva_optimizer
 
 pytestmark = pytest.mark.distributed
 STEPS = 5
-CONFIGS = {**CONFIGS, "paper_rescale": EvaConfig.paper("eva", kl_mode="rescale")}
+CONFIGS = {
+    **CONFIGS,
+    "paper_rescale": EvaConfig.paper("eva", kl_mode="rescale"),
+    "bfloat16": EvaConfig(rank=3, momentum_dtype="bfloat16"),
+}
+RESUMED = ("eva", "paper_eva", "rank_3", "bfloat16")
 MODELS = {
     "mlp": mlp,
     "deep": lambda: nn.Sequential(mlp(), nn.Linear(4, 6).double(), mlp(), nn.Linear(4, 6).double(), mlp()),
@@ -151,7 +156,7 @@ def refused(mesh):
 def in_two(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
     found = {f"{name}/{config}": train(name, config, rank, 2, mesh)[2] for name, config in CASES}
-    for config in ("eva", "paper_eva", "rank_3"):
+    for config in RESUMED:
         found[f"accumulated/{config}"] = train("mlp", config, rank, 2, mesh, micro_batches=2)[2]
         model, optimizer, _ = train("gpt2", config, rank, 2, mesh, steps=3)
         weights, state = get_state_dict(model, optimizer)
@@ -181,13 +186,13 @@ def test_the_number_of_sums_does_not_grow_with_the_model(of_two_processes):
     assert max(found[f"{name}/{config}"]["sums"] for name, config in CASES) <= 8
 
 
-@pytest.mark.parametrize("config", ["eva", "paper_eva", "rank_3"])
+@pytest.mark.parametrize("config", RESUMED)
 def test_micro_batches_that_are_not_summed_over_processes(config, of_two_processes):
     found, _, _ = of_two_processes
     assert_near(found[f"accumulated/{config}"]["weights"], weights_of("mlp", config), 1e-10)
 
 
-@pytest.mark.parametrize("config", ["eva", "paper_eva", "rank_3"])
+@pytest.mark.parametrize("config", RESUMED)
 def test_a_distributed_checkpoint_resumes_on_as_many_processes_and_on_one(config, of_two_processes):
     found, _, folder = of_two_processes
     expected = weights_of("gpt2", config)
