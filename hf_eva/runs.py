@@ -171,21 +171,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """
-    The newest whole checkpoint in the output folder of a run, if any: one whose `trainer_state.json`, which is written
-    last, can be read. A run that was killed while it wrote may leave a newer one that is not whole.
-    """
-    found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-[0-9]*")}
-    for _, path in sorted(found.items(), reverse=True):
-        try:
-            read_state(path)
-        except ValueError:
-            continue
-        return str(path)
-    return None
-
-
 def read_facts(folder: Path) -> dict[str, Any]:
     """What [`EvaTrainer`] noted of a run beside its history, empty where it was another trainer."""
     places = (

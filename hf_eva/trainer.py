@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from .callbacks import EvaCallback, shorten_lines_of
+from .checkpoints import last_checkpoint
 from .config import PRESETS, EvaConfig, parse_options
 from .facts import run_facts, run_of, save_facts
 from .loss_scale import COUNT, count_items, hides_item_count, ignores_item_count, is_always_a_mean, share_of_window
 from .model_card import write_training_section
 from .registration import NAME, eva_class_and_kwargs
-from .runs import Run, compare, last_checkpoint, read_facts
+from .runs import STATE_FILE, Run, compare, read_facts
 
 
 def _flags() -> type:
@@ -175,6 +176,19 @@ class EvaTrainerMixin(_AnyTrainer):
         if resume_from_checkpoint is True:  # Trainer would take the newest, whole or not
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # One that is written over is not whole from the first file on.
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state of the trainer is written next, and says that every process has written its files.
+        self.accelerator.wait_for_everyone()
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         if args.optim != NAME:

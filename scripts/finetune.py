@@ -48,7 +48,7 @@ from transformers import (
 )
 
 from hf_eva import EvaTrainer, EvaTrainingArguments, plan
-from hf_eva.runs import last_checkpoint
+from hf_eva.checkpoints import last_checkpoint
 
 # The one without torchvision has a name of its own in newer releases of transformers.
 IMAGE_PROCESSOR = "ViTImageProcessorPil" if hasattr(transformers, "ViTImageProcessorPil") else "ViTImageProcessor"

@@ -12,7 +12,6 @@ Fine-tune a text classifier with Eva in a loop of accelerate's, without a Traine
 """
 
 import argparse
-import math
 import os
 
 import datasets
@@ -25,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from hf_eva import EvaConfig, create_eva_optimizer
 from hf_eva.callbacks import EvaCallback
+from hf_eva.checkpoints import load_state, save_state
 
 OPTIONS = {
     "model_name_or_path": ("embedded:minilm", "Hub name, folder, or `embedded:` and a name that embedded.py lists."),
@@ -123,13 +123,13 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = create_eva_optimizer(model, args.learning_rate, args.weight_decay, config)
     accelerator.print(optimizer.plan.summary(), "".join(f"{column:>16}" for column in COLUMNS), sep="\n")
     model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, *loaders)
-    steps = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
+    steps = -(-len(train_loader) // args.gradient_accumulation_steps)
     schedule = get_scheduler("cosine", optimizer, steps * args.num_epochs // 10, steps * args.num_epochs)
     accelerator.register_for_checkpointing(schedule)
     accelerator.init_trackers("eva")
     watch = EvaCallback(optimizer)
     if args.resume:
-        accelerator.load_state()
+        load_state(accelerator)
     for epoch in range(schedule.last_epoch // steps, args.num_epochs):
         train_loader.set_epoch(epoch)
         loss = train_epoch(accelerator, model, optimizer, schedule, train_loader, watch)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(f"{epoch + 1:>16}{schedule.last_epoch:>16}", *(f"{value:>16.4g}" for value in row), sep="")
         accelerator.log(dict(zip(COLUMNS[2:], row, strict=True)) | told, step=schedule.last_epoch)
         accelerator.project_configuration.iteration = epoch
-        accelerator.save_state()
+        save_state(accelerator)
     accelerator.unwrap_model(model).save_pretrained(args.output_dir, is_main_process=accelerator.is_main_process)
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output_dir)

@@ -20,7 +20,8 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")], ids=name)
-def test_the_code_of_a_page_runs(page, monkeypatch):
+def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(layers, "KINDS", list(layers.KINDS))  # one page adds to it
     run_blocks(page)
 

@@ -36,6 +36,7 @@ ROOMS = (
     "loss_scale",
     "hardware",
     "runs",
+    "checkpoints",
     "plots",
     "callbacks",
     "registration",

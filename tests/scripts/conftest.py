@@ -11,9 +11,10 @@ pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 from task_data import train_tokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 MODELS = {
     "sequence-classification": "bert hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64",
@@ -87,3 +88,20 @@ def settings(tiny) -> dict:
     words = iter(tiny("image-classification"))
     task = {key.removeprefix("--"): value for key, value in zip(words, words, strict=True)}
     return {**COMPARISON, "tasks": {"images": {**task, "max_steps": 6, "per_device_train_batch_size": 4}}}
+
+
+@pytest.fixture(scope="session")
+def tiny_loop(files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a run of `finetune_no_trainer.py` over two epochs: a small BERT and its data, in folders."""
+    folder = tmp_path_factory.mktemp("no_trainer")
+    tokenizer = AutoTokenizer.from_pretrained(files / "tokenizer")
+    tokenizer.save_pretrained(folder / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=0)).save_pretrained(folder / "model")
+    rows = Dataset.from_csv(str(files / "rows.csv")).cast_column("label", ClassLabel(names=["awful", "lovely"]))
+    for name, split in DatasetDict(train=rows.select(range(48)), validation=rows.select(range(48, 60))).items():
+        (folder / "data").mkdir(exist_ok=True)
+        split.to_parquet(folder / "data" / f"{name}.parquet")
+    settings = {"model_name_or_path": folder / "model", "dataset_name": folder / "data", "max_seq_length": 16}
+    more = {"batch_size": 8, "learning_rate": 3e-3, "eva_options": "rank=2,damping=0.1"}
+    return [word for name, value in {**settings, **more}.items() for word in (f"--{name}", str(value))]
