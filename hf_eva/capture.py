@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from .collectives import sum_over_processes_
 from .layers import Layer, LayerKind, working_dtype
 from .masks import MaskScope, scopes_of
+from .shards import is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,14 @@ def _before_model(
 def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
     if not output.requires_grad:
         return
-    scope, x = capture.scopes[index], args[0] if args else next(iter(kwargs.values()))
+    layer, scope = capture.layers[index], capture.scopes[index]
+    if is_distributed(layer.weight):
+        raise RuntimeError(
+            f"Layer {layer.name!r} computes with a weight in parts, placed as {layer.weight.placements}, as tensor-"  # type: ignore[attr-defined]
+            "parallel plans have it. What it receives and gives is in parts, too, which statistics of inputs and "
+            "output gradients do not know: take variant 'eva_s', as the recipe does, or train with DDP or FSDP2."
+        )
+    x = args[0] if args else next(iter(kwargs.values()))
     # Reentrant checkpointing calls the layer again when its model may have been called with another batch.
     is_unclear = _in_backward() and scope.is_ambiguous
     rows = "all" if is_unclear else scope.rows(index, x)

@@ -18,7 +18,7 @@ from .diagnostics import LastStep
 from .layers import Layer
 from .selection import Plan, embeddings_of
 from .sgd_step import sgd_step
-from .shards import refusal
+from .shards import align_, refusal
 from .soundness import Watch, can_read
 from .stacks import Scratch, Stack, stacks_of
 from .state import follow_, refuse_other, refuse_unsound
@@ -151,6 +151,7 @@ class Eva(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
+        align_(parameter for group in self.param_groups for parameter in group["params"])
         statistics = self._capture.collect(self.grad_scaler) if self._capture is not None else None
         # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The
         # read of device values happens only where this process has called no layer: another one may have.

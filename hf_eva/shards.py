@@ -115,6 +115,28 @@ def refusal(weight: Tensor, gradient: Tensor) -> str:
     return ""
 
 
+def align_(parameters: Iterable[Tensor]) -> None:
+    """
+    Place gradients as their parameters are. Tensor-parallel plans leave those of embeddings whole on every process
+    beside weights in parts.
+
+    Raises:
+        RuntimeError: a gradient is a DTensor and its parameter is none.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None or not is_distributed(gradient):
+            continue
+        if not is_distributed(parameter):
+            raise RuntimeError(
+                f"A parameter of shape {tuple(parameter.shape)} is no DTensor, but its gradient is one, placed as "
+                f"{gradient.placements}: distribute the parameter, too, with `distribute_tensor` or a plan that "  # type: ignore[attr-defined]
+                "names its module."
+            )
+        if gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+            parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
 def is_distributed(tensor: Tensor) -> bool:
     """Whether it is a `DTensor`, whose import takes a second that only those who have one should pay for."""
     return hasattr(tensor, "device_mesh")
@@ -136,10 +158,12 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
-def whole_sum(axes: Sequence[Axis], value: Tensor) -> Routine[Tensor]:
-    """The sum over all processes that hold parts of a tensor with these axes."""
-    for axis in axes:
-        (value,) = yield from axis.sum(value)
+def whole_sum(tensor: Tensor, value: Tensor) -> Routine[Tensor]:
+    """The sum over all processes that hold parts of a tensor, in whatever way."""
+    for dimension, placement in enumerate(getattr(tensor, "placements", ())):
+        mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
+        if not placement.is_replicate() and mesh.size(dimension) > 1:
+            (value,) = yield Request(mesh, dimension, (value,))
     return value
 
 

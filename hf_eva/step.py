@@ -12,7 +12,7 @@ from . import base
 from .capture import Statistics
 from .config import EvaConfig
 from .diagnostics import LastStep
-from .shards import axes_of, local, together, whole_sum
+from .shards import local, together, whole_sum
 from .soundness import Watch, squared_norms_of
 from .stacks import Scratch, Stack, State
 
@@ -50,7 +50,7 @@ class Step:
         found = zip(others, squared_norms_of([local(parameter.grad) for parameter in others]), strict=True)
         squares = {id(parameter): square for parameter, square in found}
         numbers = [(p, rows[id(p)].sum() if id(p) in rows else squares[id(p)]) for p in present]
-        sums = together(whole_sum(axes_of(parameter), square) for parameter, square in numbers)
+        sums = together(whole_sum(parameter, square) for parameter, square in numbers)
         numbers = [(parameter, total) for (parameter, _), total in zip(numbers, sums, strict=True)]
         self.squares = {id(parameter): total for parameter, total in numbers} | rows
         if self.statistics is not None:

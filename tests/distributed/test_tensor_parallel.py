@@ -1,0 +1,128 @@
+"""Models whose weights are in parts by the tensor-parallel plans of transformers, or by those of torch."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import world
+from helpers import CONFIGS, assert_equal, assert_near, data, losses, mlp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from zoo import _DECODER, _build, next_tokens, sentences
+
+from hf_eva import create_eva_optimizer
+
+pytestmark = pytest.mark.distributed
+SIZES = {**_DECODER, "num_key_value_heads": 2}
+# Biases in parts; norms of heads, whose gradients are summed; a head that is an embedding, too.
+MODELS = {
+    "qwen2": lambda: _build("Qwen2", "CausalLM", **SIZES),
+    "qwen3": lambda: _build("Qwen3", "CausalLM", **SIZES, head_dim=8),
+    "tied": lambda: _build("Llama", "CausalLM", **SIZES, tie_word_embeddings=True),
+}
+CASES = [*((name, "rank_3") for name in MODELS), ("qwen2", "eva_s"), ("qwen2", "paper_eva_s")]
+STEPS = 3
+
+
+def load(folder, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+
+
+def train(model, config, loss):
+    """The weights after some steps, whole."""
+    optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=CONFIGS[config])
+    for step in range(STEPS):
+        loss(model, step).backward()
+        optimizer.step()
+        model.zero_grad()
+    return {
+        n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()
+    }
+
+
+def loss_of_text(model, step):
+    return model(**next_tokens(sentences(seed=step))).loss
+
+
+def loss_of_numbers(model, step):
+    return losses(data(mlp(), seed=step))[0](model)  # of the same widths
+
+
+def numbers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+def refusal(model, config):
+    with pytest.raises(RuntimeError) as error:
+        train(model, config, loss_of_text)
+    return str(error.value)
+
+
+def in_two(rank, folder):
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    plan = DistributedConfig(tp_size=2)
+    found = {}
+    for name, config in CASES:
+        model = load(f"{folder}/{name}", distributed_config=plan)
+        placed = {p.placements for p in model.parameters() if isinstance(p, DTensor)}
+        assert {(Shard(0),), (Shard(1),)} <= placed
+        found[f"{name}/{config}"] = train(model, config, loss_of_text)
+    styles = {"2": ColwiseParallel(), "4": RowwiseParallel()}
+    own = parallelize_module(numbers(), init_device_mesh("cpu", (2,)), styles)
+    found["torch"] = train(own, "rank_3", loss_of_numbers)
+    found["hooks"] = refusal(load(f"{folder}/qwen2", distributed_config=plan), "eva")
+    found["packed"] = refusal(load(f"{folder}/packed", distributed_config=plan), "rank_3")
+    # A number that is not finite in one process's part alone.
+    model = load(f"{folder}/qwen2", distributed_config=plan)
+    optimizer = create_eva_optimizer(model)
+    loss_of_text(model, 0).backward()
+    before = {n: (p.to_local() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()}
+    if rank == 1:
+        model.lm_head.weight.grad.to_local()[0] = torch.inf
+    optimizer.step()
+    after = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    assert_equal(after, before)
+    dist.barrier()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models = {**MODELS, "packed": lambda: _build("Phi3", "CausalLM", **SIZES)}
+    for name, build in models.items():
+        build().double().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(folder):
+    pytest.importorskip("transformers.distributed", reason="this release of transformers has other plans")
+    return world.run(in_two, 2, str(folder), limit=500.0)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_plans_of_transformers_train_as_one_process_does(name, config, of_two_processes, folder):
+    first, second = (found[f"{name}/{config}"] for found in of_two_processes)
+    assert_equal(first, second)
+    assert_near(first, train(load(folder / name), config, loss_of_text), 1e-10)
+
+
+def test_plans_of_torch_train_as_one_process_does(of_two_processes):
+    first, second = (found["torch"] for found in of_two_processes)
+    assert_equal(first, second)
+    assert_near(first, train(numbers(), "rank_3", loss_of_numbers), 1e-10)
+
+
+def test_what_is_not_known_is_refused_with_a_sentence(of_two_processes):
+    hooks, packed = (of_two_processes[0][name] for name in ("hooks", "packed"))
+    assert "q_proj' computes with a weight in parts" in hooks and "take variant 'eva_s'" in hooks
+    assert "qkv_proj' is distributed in a way that Eva does not know" in packed and "exclude the layer" in packed
