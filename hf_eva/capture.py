@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import traced
 from .collectives import sum_over_processes_
 from .layers import Layer, LayerKind, working_dtype
 from .masks import MaskScope, scopes_of
 from .shards import is_distributed
+from .traced import anchor_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +83,15 @@ class Capture:
         self.mask_padding, self.committed, self.warned, self.saw_float16 = mask_padding, False, False, False
         for name, scope in self.models.items():
             if mask_padding or not name:
-                hook = _Hook(self, _before_model, scope)
+                hook = _Hook(self, _before_model, _before_traced_model, scope)
                 handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         for index, layer in enumerate(self.layers):
             # First of all hooks: another may replace the output, and wanted is what the layer itself computed.
-            hook = _Hook(self, _after_layer, index)
+            hook = _Hook(self, _after_layer, _after_traced_layer, index)
             handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._finalizer = weakref.finalize(self, _remove, handles)
+        self.anchors: list[Tensor] = []
+        self._allocated(self.layers[0].weight.device)
 
     def detach(self) -> None:
         """Remove all hooks from the model."""
@@ -107,6 +111,7 @@ class Capture:
             self._buffer.zero_()
         else:
             self._buffer = None
+            self._allocated(self.layers[0].weight.device)
 
     def collect(self, scaler: Any = None) -> list[Statistics]:
         """
@@ -126,7 +131,10 @@ class Capture:
                 "torch.amp.GradScaler(enabled=False) where there is none; EvaTrainer does so by itself. Or train in "
                 "bfloat16, or take a variant that does not look at output gradients: 'eva_s' or 'eva_f'."
             )
-        buffer = self._allocated(self.layers[0].weight.device)
+        assert self._buffer is not None
+        buffer = self._buffer
+        if self._place != (wanted := self._wanted_place()):  # the model was moved, and then called in a compiled graph
+            buffer = buffer.to(*wanted[::-1])
         # What the scaler makes of 1: it tells its scale by itself only to a host that waits for it.
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), dtype=buffer.dtype, device=buffer.device))
         processes = sum_over_processes_(buffer)
@@ -137,7 +145,7 @@ class Capture:
             # A process's gradients belong to its own mean loss; the loss of all is the mean over processes.
             g, g_square = g / processes / scale, count * (g_square / processes**2 / scale / scale)
             statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count)[0], g, g_square.sum()))
-        buffer.zero_()
+        self.start_window()
         return statistics
 
     def input_sums(self, index: int, module: nn.Module, x: Tensor, rows: Tensor | str) -> Tensor:
@@ -162,10 +170,15 @@ class Capture:
         return self._allocated(device).narrow(0, self._starts[index], sum(self._sizes[index]))
 
     def _allocated(self, device: torch.device) -> Tensor:
-        """The buffer; allocated late, because models are moved between the making of the optimizer and training."""
+        """The buffer; allocated anew before the first call, because models are moved between the two."""
+        if not self.called and self._buffer is not None:
+            is_there = self._buffer.device == device and self._place == self._wanted_place()
+            self._buffer = self._buffer if is_there else None
         if self._buffer is None:
             self._place = self._wanted_place()
             self._buffer = torch.zeros(sum(map(sum, self._sizes)), dtype=self._place[0], device=device)
+            slots = self._buffer.split([sum(sizes) for sizes in self._sizes])
+            self.anchors = [anchor_of(s, partial(_note, weakref.ref(self), i)) for i, s in enumerate(slots)]
         return self._buffer
 
     def _wanted_place(self) -> tuple[torch.dtype, torch.device]:
@@ -177,18 +190,16 @@ class Capture:
 class _Hook:
     """A hook that knows its capture by weak reference; a copied or unpickled model gets one that does nothing."""
 
-    def __init__(self, capture: Capture, function: Callable[..., Any], *args: Any) -> None:
+    def __init__(self, capture: Capture, function: Callable[..., Any], traced: Callable[..., Any], *args: Any) -> None:
         self.capture = weakref.ref(capture)
-        self.args = args
-        # In a compiled graph the additions of the backward pass would be lost: hooks run between such graphs. Wrapped
-        # here and not where the function is defined, because it makes torch import its compiler, which takes seconds.
-        self.function = torch.compiler.disable(function)
+        self.function, self.traced, self.args = function, traced, args
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         capture = self.capture()
         if capture is None or not torch.is_grad_enabled():
             return None
-        return self.function(capture, *self.args, *args)
+        function = self.traced if torch.compiler.is_compiling() else self.function
+        return function(capture, *self.args, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unhooked, ()
@@ -263,6 +274,32 @@ def _commit(
             capture.saw_float16 |= grad.dtype == torch.float16
             delta_sum, delta_square = capture.layers[index].kind.output_gradient_sums(grad, sums.dtype)
             outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
+
+
+def _before_traced_model(
+    capture: Capture, scope: MaskScope, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    traced.before_model(scope, capture.mask_padding, args, kwargs)
+
+
+def _after_traced_layer(
+    capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> Tensor | None:
+    if not output.requires_grad:
+        return None
+    if capture.with_output_gradients and output.dtype == torch.float16:
+        capture.saw_float16 = True
+    kind, anchor, scope = capture.layers[index].kind, capture.anchors[index], capture.scopes[index]
+    wanted = capture.with_output_gradients
+    return traced.after_layer(kind, anchor, scope, index, wanted, module, args, kwargs, output)
+
+
+def _note(reference: weakref.ref[Capture], index: int) -> None:
+    """That a layer has been called in a compiled graph."""
+    if (capture := reference()) is not None:
+        capture.called.add(index)
+        for scope in capture.models.values():
+            scope.forget()
 
 
 def _in_backward() -> bool:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,9 +29,9 @@ class MaskScope:
         self.parent = parent
         self.start()
         self.number = 0  # of the last forward pass
-        self._readers: dict[int, int] = {}  # layers that have read positions of the batch, and in which forward pass
+        self._readers: set[int] = set()  # layers that have read positions of the batch in this forward pass
         self._mask: Tensor | None = None
-        self._memory: tuple[int, tuple[int, ...]] | None = None
+        self._memory: tuple[int, tuple[int, ...]] | Tensor | None = None
         self._memory_mask: Tensor | None = None
 
     def start(self) -> None:
@@ -41,6 +42,10 @@ class MaskScope:
     def is_ambiguous(self) -> bool:
         """Whether several forward passes wait for their backward passes, and padding may differ between them."""
         return self._calls > 1 and self._was_masked
+
+    def forget(self) -> None:
+        """Let go of what an encoder has made."""
+        self._memory = None
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the mask from the arguments of a forward pass."""
@@ -60,9 +65,11 @@ class MaskScope:
         mask = given.get("encoder_attention_mask")
         self._memory = _identity(states) if isinstance(states, Tensor) else None
         self._memory_mask = mask.ne(0) if _is_mask(mask) else None
-        self.number += 1
-        self._calls += 1
-        self._was_masked |= self._mask is not None or self._memory_mask is not None
+        self._readers = set()
+        if not torch.compiler.is_compiling():  # in graphs nothing is reentrant
+            self.number += 1
+            self._calls += 1
+            self._was_masked |= self._mask is not None or self._memory_mask is not None
 
     def rows(self, layer: int, x: Tensor) -> Tensor | Literal["all", "none"]:
         """
@@ -72,15 +79,15 @@ class MaskScope:
         the positions: embeddings of distances, which DeBERTa sends through its attention beside each micro-batch, have
         nothing to do with its size. (A single sentence with as many tokens as there are distances looks like them.)
         """
-        if self._memory is not None and _identity(x) == self._memory:
+        if _is_same(x, self._memory):
             mask = self._memory_mask
         elif self._mask is None:
             return "all"
         elif x.shape[:-1] == self._mask.shape or (x.ndim == 2 and len(x) == self._mask.numel()):
             mask = self._mask
-            self._readers[layer] = self.number
+            self._readers.add(layer)
         else:
-            return "none" if self._readers.get(layer) == self.number else "all"
+            return "none" if layer in self._readers else "all"
         return "all" if mask is None else mask.reshape(-1).to(x.device)
 
 
@@ -103,6 +110,10 @@ def _is_mask(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 2
 
 
-def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    # Not the object: recomputation in a backward pass gives detached ones.
-    return tensor.data_ptr(), tuple(tensor.shape)
+def _identity(tensor: Tensor) -> Tensor | tuple[int, tuple[int, ...]]:
+    # Not the object, except in a compiled graph: recomputation in a backward pass gives detached ones.
+    return tensor if torch.compiler.is_compiling() else (tensor.data_ptr(), tuple(tensor.shape))
+
+
+def _is_same(tensor: Tensor, known: Tensor | tuple[int, tuple[int, ...]] | None) -> bool:
+    return tensor is known if torch.compiler.is_compiling() else known is not None and _identity(tensor) == known

@@ -25,6 +25,7 @@ ROOMS = (
     "state",
     "collectives",
     "masks",
+    "traced",
     "capture",
     "diagnostics",
     "step",
