@@ -10,7 +10,7 @@ from torch import Tensor
 from . import base, formula
 from .config import EvaConfig
 from .curvature import Seen, correction_of, observe
-from .diagnostics import correction_sums
+from .diagnostics import correction_squares, correction_sums, direction_sums
 from .shards import Routine, together
 from .stacks import Stack
 from .step import Step
@@ -47,14 +47,19 @@ def _precondition_(
     before = (yield from stack.norms(gradients, biases)) if config.kl_mode == "rescale" else None
     squares = formula.squared_norms(gradients)
     correction = yield from correction_of(config, stack, matrices, biases, seen, None)
-    (squares,) = yield from stack.part.columns.sum(squares)
+    # For diagnostics, parts send a few more numbers along; of whole layers they are made when somebody asks.
+    grams = [] if stack.is_whole else [correction.grams()]
+    squares, *grams = yield from stack.part.columns.sum(squares, *grams)
     whole = squares if biases is None else squares + formula.squared_norms(biases)
     inner = whole + (correction.columns * correction.images).sum((1, 2))
-    inner, squares = yield from stack.part.rows.sum(inner, squares)
+    parts = [whole, correction_squares(correction, whole, grams[0], biases is not None)] if grams else []
+    inner, squares, *parts = yield from stack.part.rows.sum(inner, squares, *parts)
     correction.apply_(matrices, biases)
     keeps_norms = config.variant == "eva_s" and config.curvature == "joint"
-    if stack.is_whole:  # of parts, these sums would have to be sent in every step
-        step.last.keep(stack, correction_sums, correction, whole, biases is not None, keeps_norms)
+    if stack.is_whole:
+        step.last.keep(stack, correction_sums, correction, whole, inner, biases is not None, keeps_norms)
+    else:
+        step.last.keep(stack, direction_sums, parts[0], inner, parts[1], keeps_norms)
     if keeps_norms:
         inner = inner * (yield from formula.restore_norms_(gradients, squares, stack.part))
     return inner, None if before is None else (before, (yield from stack.norms(gradients, biases)))

@@ -103,7 +103,7 @@ def train(name, config, rank=0, processes=1, mesh=None, steps=STEPS, state=None,
         model.zero_grad()
     assert {str(kind) for kind in sent.get_comm_counts()} <= {"c10d.allreduce_"}
     weights = {n: whole(p) for n, p in model.named_parameters()}
-    return model, optimizer, {"weights": weights, "sums": sent.get_total_counts()}
+    return model, optimizer, {"weights": weights, "sums": sent.get_total_counts(), "told": optimizer.diagnostics()}
 
 
 def weights_of(*args, **options):
@@ -178,6 +178,15 @@ def test_sharded_processes_train_as_one_without_shards(name, config, of_two_proc
     first, second, _ = of_two_processes
     assert_equal(first[f"{name}/{config}"]["weights"], second[f"{name}/{config}"]["weights"])
     assert_near(first[f"{name}/{config}"]["weights"], weights_of(name, config), 1e-9)
+
+
+@pytest.mark.parametrize(("name", "config"), [case for case in CASES if case[0] in ("mlp", "gpt2")])
+def test_diagnostics_are_those_of_whole_layers(name, config, of_two_processes):
+    first, second, _ = of_two_processes
+    told = first[f"{name}/{config}"]["told"]
+    assert told == second[f"{name}/{config}"]["told"]
+    assert told["eva_fallback_layers"] == 0
+    assert told == pytest.approx(train(name, config)[2]["told"], rel=1e-6, abs=1e-9)
 
 
 def test_the_number_of_sums_does_not_grow_with_the_model(of_two_processes):
