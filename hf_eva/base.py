@@ -133,11 +133,7 @@ def sgd_(
     sound: Tensor | None = None,
 ) -> None:
     """One step of `torch.optim.SGD`, through its functional form and with its state, for parameters with `.grad`."""
-    for parameter in parameters:
-        if momentum != 0 and state[parameter].get("momentum_buffer") is None:
-            zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state[parameter]["momentum_buffer"] = zeros
-    buffers = [state[parameter].get("momentum_buffer") for parameter in parameters]
+    buffers = [sgd_buffer(parameter, state) if momentum else None for parameter in parameters]
     # The fused one takes no sparse gradient.
     fused = group["fused"] and not any(_grad(parameter).is_sparse for parameter in parameters)
     kept = [buffer for buffer in buffers if buffer is not None]
@@ -156,6 +152,49 @@ def sgd_(
             nesterov=nesterov,
             maximize=False,
         )
+
+
+def directed_sgd_(
+    matrices: Sequence[Tensor],
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor,
+    group: Mapping[str, Any],
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """
+    One step of `torch.optim.SGD` along `scale · G + left @ right`, which is never written down, with a 0-dim `scale`.
+    `matrices` are the weight, `G` and where there is one the momentum, contiguous and of one precision.
+    """
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    # In blocks of rows: what an operation reads, those before it have brought into the cache.
+    rows = max(1, BLOCK // max(1, right.shape[1]))
+    for columns, weight, grad, *buffers in zip(*(t.split(rows) for t in (left, *matrices)), strict=True):
+        for buffer in buffers:
+            buffer.addmm_(columns, right, beta=momentum).addcmul_(grad, scale)
+            if weight_decay:
+                buffer.add_(weight, alpha=weight_decay)
+        if nesterov or not buffers:
+            weight.addmm_(columns, right, beta=1 - lr * weight_decay, alpha=-lr).addcmul_(grad, scale, value=-lr)
+        for buffer in buffers:
+            weight.add_(buffer, alpha=-lr * (momentum if nesterov else 1))
+
+
+def direct_(grad: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> None:
+    """`G ← scale · G + left @ right`, for a `G` of any precision and layout in memory."""
+    precise = grad.to(left.dtype).contiguous()
+    precise.flatten(1).mul_(scale).addmm_(left, right)
+    if precise is not grad:
+        grad.copy_(precise)
+
+
+def sgd_buffer(parameter: Tensor, state: State) -> Tensor:
+    """The momentum of SGD, in the precision of the parameter."""
+    entry = state[parameter]
+    if entry.get("momentum_buffer") is None:
+        entry["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return entry["momentum_buffer"]
 
 
 @contextmanager

@@ -234,6 +234,11 @@ class EvaConfig:
         return self.variant == "eva"
 
     @property
+    def needs_products_only(self) -> bool:
+        """Whether nothing but products of gradients with vectors is needed to precondition them."""
+        return self.base == "sgd" and self.curvature == "joint"
+
+    @property
     def divides_by_damping(self) -> bool:
         """Whether directions are divided by the damping after the formulas, which leave that to their caller."""
         return self.curvature == "joint" and self.needs_inputs and self.damping_mode == "absolute"

@@ -39,11 +39,11 @@ class Seen:
     factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
 
 
-def observe(step: Step, stack: Stack, gradients: Tensor) -> Routine[Seen]:
+def observe(step: Step, stack: Stack, gradients: formula.Stacked) -> Routine[Seen]:
     """Bring the running averages up to date."""
     for layer in stack.layers:
         _create_statistics(step.state, layer, step.config)
-    squares = torch.stack([step.squares[id(weight)] for weight in stack.weights])
+    squares = step.squares_of(stack.weights)
     valid = squares > 0 if step.sound is None else (squares > 0) & step.sound.to(squares.device)
     if step.statistics is None:
         return (yield from _observe_gradients(step, stack, gradients, squares, valid))
@@ -58,7 +58,12 @@ def average(state: State, stack: Stack, key: str, values: Tensor, weights: Tenso
 
 
 def correction_of(
-    config: EvaConfig, stack: Stack, matrices: Tensor, biases: Tensor | None, seen: Seen, starts: Tensor | None
+    config: EvaConfig,
+    stack: Stack,
+    matrices: formula.Stacked,
+    biases: Tensor | None,
+    seen: Seen,
+    starts: Tensor | None,
 ) -> Routine[formula.Correction]:
     """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
     relative = config.damping_mode == "relative"
@@ -67,6 +72,7 @@ def correction_of(
         corrections = None
         if starts is not None and config.variant == "eva_s":
             corrections = starts * seen.squares.sqrt()
+        assert isinstance(matrices, Tensor)
         return formula.factored(matrices, output, input, config.exponent, corrections, stack.part)
     if config.variant == "eva_s":
         vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
@@ -101,7 +107,9 @@ def _observe_tokens(
     return seen
 
 
-def _observe_gradients(step: Step, stack: Stack, gradients: Tensor, squares: Tensor, valid: Tensor) -> Routine[Seen]:
+def _observe_gradients(
+    step: Step, stack: Stack, gradients: formula.Stacked, squares: Tensor, valid: Tensor
+) -> Routine[Seen]:
     """
     Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
     average `‖G‖²`.
@@ -112,6 +120,7 @@ def _observe_gradients(step: Step, stack: Stack, gradients: Tensor, squares: Ten
         named = {f"eva_v{axis}": mean for axis, mean in enumerate(means)}
         seen.vectors = [average(step.state, stack, key, mean, seen.weights) for key, mean in named.items()]
         return seen
+    assert isinstance(gradients, Tensor)
     matrices = stack.kind.matrices(gradients)
     output, input = stack.read(step.state, "eva_g"), stack.read(step.state, "eva_a")
     if step.number <= SEARCH_STEPS:

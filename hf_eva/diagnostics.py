@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import EvaConfig
-from .formula import Correction, column_norms
+from .formula import column_norms
 from .stacks import Stack, State
 
 STRENGTH = "eva_strength"  # on average; of a layer `eva_strength/<layer>`
@@ -76,29 +76,6 @@ def row_sums(squares: Tensor, products: Tensor, direction_squares: Tensor, scale
     """
     sums = squares, scales * products, scales.square() * direction_squares
     return torch.stack([values.sum(1) for values in sums], dim=1)
-
-
-def correction_sums(
-    correction: Correction, squares: Tensor, products: Tensor, has_bias: bool, keeps_norms: bool
-) -> Tensor:
-    """The same for directions `P = G + columns @ rows`, from `‖G‖²` and `⟨P, G⟩` of each layer."""
-    direction_squares = correction_squares(correction, squares, correction.grams(), has_bias)
-    return direction_sums(squares, products, direction_squares, keeps_norms)
-
-
-def correction_squares(correction: Correction, squares: Tensor, grams: Tensor, has_bias: bool) -> Tensor:
-    """`‖P‖²` over the rows at hand, `(n,)`, from their `‖G‖²` and from `correction.grams()` over all columns."""
-    half = correction.images + correction.columns.bmm(grams + has_bias) / 2
-    return squares + 2 * (correction.columns * half).sum((1, 2))
-
-
-def direction_sums(squares: Tensor, products: Tensor, direction_squares: Tensor, keeps_norms: bool) -> Tensor:
-    """The same from `‖G‖²`, `⟨P, G⟩` and `‖P‖²` of each layer, `(n,)`; `keeps_norms` for `‖P‖ = ‖G‖` at the end."""
-    direction_squares = direction_squares.clamp_min(0.0)
-    if keeps_norms:
-        products = products * (squares / direction_squares).sqrt()
-        direction_squares = squares
-    return torch.stack([squares, products, direction_squares], dim=1)
 
 
 def _numel(stack: Stack) -> int:

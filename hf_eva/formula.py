@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
 LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it
 
 _TINY = 1e-30  # keeps 0/0 at 0; far below any statistic of a layer that receives a gradient
+
+Stacked: TypeAlias = Tensor | Sequence[Tensor]  # a stack, or its tensors one by one and in precisions of their own
 
 
 def averaged(average: Tensor, value: Tensor, weight: Tensor) -> Tensor:
@@ -52,10 +54,20 @@ class Correction(NamedTuple):
     rows: Tensor
     images: Tensor
 
-    def apply_(self, grads: Tensor, biases: Tensor | None = None) -> None:
+    def apply_(self, grads: Tensor) -> None:
         grads.baddbmm_(self.columns, self.rows)
-        if biases is not None:
-            biases.add_(self.columns.sum(2))
+
+    def sums(self, squares: Tensor, biases: Tensor | None, part: Part = WHOLE) -> Routine[tuple[Tensor, ...]]:
+        """`‖G‖²`, `⟨P, G⟩` and `‖P‖²` of each matrix, of shape `(n,)`, from `‖G‖²` without biases."""
+        (grams,) = yield from part.columns.sum(self.grams())
+        grams = grams if biases is None else grams + 1
+        inner, norms = self.columns * self.images, self.columns * self.columns.bmm(grams)
+        added = [inner.sum((1, 2)), norms.sum((1, 2)), *([] if biases is None else [_dot(biases, biases)])]
+        inner, norms, *of_biases = yield from part.rows.sum(*added)
+        squares = sum(of_biases, squares)
+        # What remains of a matrix that is removed almost entirely is rounding.
+        after = torch.maximum(squares + 2 * inner + norms, squares * _eps(squares))
+        return squares, squares + inner, after
 
     def products(self, squares: Tensor) -> Tensor:
         """`⟨P, G⟩` of every row, from the rows' `‖G‖²`; both `(n, d_out)`."""
@@ -73,7 +85,7 @@ class Correction(NamedTuple):
 
 
 def eva(
-    grads: Tensor, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool, part: Part = WHOLE
+    grads: Stacked, biases: Tensor | None, a: Tensor, g: Tensor, damping: float, relative: bool, part: Part = WHOLE
 ) -> Routine[Correction]:
     """
     Eva: `P = G − gᵀGa / (γ + ‖a‖²‖g‖²) · g aᵀ`, which is γ times the solution of `(v vᵀ + γI) X = G`, `v = g ⊗ a`.
@@ -93,7 +105,7 @@ def eva(
 
 
 def eva_f(
-    grads: Tensor, biases: Tensor | None, a: Tensor, damping: float, relative: bool, part: Part = WHOLE
+    grads: Stacked, biases: Tensor | None, a: Tensor, damping: float, relative: bool, part: Part = WHOLE
 ) -> Routine[Correction]:
     """
     Eva-f, FOOF with vectors: `P = G − (Ga) aᵀ / (γ + ‖a‖²)`, which is γ times the solution of `X (a aᵀ + γI) = G`.
@@ -107,12 +119,12 @@ def eva_f(
 
 
 def eva_s(
-    grads: Tensor, vectors: Sequence[Tensor], damping: float, relative: bool, part: Part = WHOLE
+    grads: Stacked, vectors: Sequence[Tensor], damping: float, relative: bool, part: Part = WHOLE
 ) -> Routine[Correction]:
     """
     Eva-s, Shampoo with vectors: `P = G − ⟨G,V⟩ / (γ + ∏‖v_i‖²) · V` with `V = v_1 ∘ … ∘ v_k`, for gradients of any
     order k ≥ 2 as matrices `(n, d_1, d_2 ⋯ d_k)`. `relative` is as in [`eva`]; that `P` gets the norm of `G` is left
-    to [`restore_norms_`].
+    to [`norm_ratios`].
     """
     (first, norm), (last, last_norm), *others = (_unit(vector) for vector in vectors)
     shift = damping if relative else damping / norm / last_norm
@@ -139,29 +151,42 @@ def _rank_one(column: Tensor, row: Tensor, image: Tensor) -> Correction:
     return Correction(column.unsqueeze(2), row.unsqueeze(1), image.unsqueeze(2))
 
 
-def axis_means(grads: Tensor, parts: Sequence[Axis] | None = None) -> Routine[Sequence[Tensor]]:
+def axis_means(grads: Stacked, parts: Sequence[Axis] | None = None) -> Routine[Sequence[Tensor]]:
     """
     Eva-s's vectors: for each axis of gradients `(n, d_1, …, d_k)`, its mean over all other axes, `(n, d_i)`. Of these
     axes processes may have `parts`; the vectors are whole.
     """
-    axes = range(1, grads.ndim)
-    parts = [whole_axis(grads.shape[i]) for i in axes] if parts is None else parts
+    parts = [whole_axis(size) for size in grads[0].shape] if parts is None else parts
     numel = math.prod(part.whole for part in parts)
+    found = zip(*(_axis_sums(grad) for grad in grads), strict=True)
     sums: Sequence[Tensor] = [
-        part.spread(grads.sum([j for j in axes if j != i]) / (numel // part.whole))
-        for i, part in zip(axes, parts, strict=True)
+        part.spread(torch.stack(of_axis) / (numel // part.whole)) for part, of_axis in zip(parts, found, strict=True)
     ]
     for part in parts:
         sums = yield from part.sum(*sums)
     return sums
 
 
-def restore_norms_(directions: Tensor, squares: Tensor, part: Part = WHOLE) -> Routine[Tensor]:
-    """Bring each direction to the norm whose square is given; returns the factors, of shape `(n,)`."""
-    (after,) = yield from part.sum(squared_norms(directions))
-    ratios = squares.sqrt() / after.sqrt().clamp_min(_TINY)
-    directions.mul_(_over(ratios, directions))
-    return ratios
+def _axis_sums(grad: Tensor) -> list[Tensor]:
+    """For each axis of one gradient the sums over all others."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    if grad.ndim > 2 or grad.dtype != dtype:
+        axes = range(grad.ndim)
+        return [grad.sum([other for other in axes if other != axis], dtype=dtype) for axis in axes]
+    # Products with ones are faster than sums, and those of a block find it in the cache the second time.
+    ones = grad.new_ones(max(grad.shape))
+    rows = max(1, BLOCK // max(1, grad.shape[1])) if grad.device.type == "cpu" else max(1, len(grad))
+    blocks, columns = grad.split(rows), grad.new_zeros(grad.shape[1])
+    sums = []
+    for block in blocks:
+        sums.append(block.mv(ones[: grad.shape[1]]))
+        columns.addmv_(block.mT, ones[: len(block)])
+    return [torch.cat(sums), columns]
+
+
+def norm_ratios(squares: Tensor, direction_squares: Tensor) -> Tensor:
+    """What to multiply directions with, to bring each to the norm of its gradient; all of shape `(n,)`."""
+    return squares.sqrt() / direction_squares.sqrt().clamp_min(_TINY)
 
 
 def kl_factor(inner: Sequence[Tensor], lrs: Sequence[float], kl_clip: float) -> Tensor:
@@ -447,8 +472,11 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
-def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+def _apply(matrices: Stacked, vectors: Tensor) -> Tensor:
     """`(n, d_out, d_in)` matrices times `(n, d_in)` vectors."""
+    if not isinstance(matrices, Tensor):
+        pairs = zip(matrices, vectors.unbind(), strict=True)
+        return torch.stack([matrix.to(vector.dtype).mv(vector) for matrix, vector in pairs])
     return matrices.bmm(vectors.unsqueeze(2)).squeeze(2)
 
 

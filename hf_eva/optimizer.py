@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, overload
@@ -236,7 +237,7 @@ class Eva(torch.optim.Optimizer):
             for index, layer, group, has_bias in ready
         ]
         if key != self._stacked[0]:
-            self._stacked = key, stacks_of(ready)
+            self._stacked = key, stacks_of(ready, sys.maxsize if self.config.needs_products_only else None)
             self._follow()
         return self._stacked[1]
 

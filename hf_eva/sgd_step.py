@@ -1,79 +1,111 @@
-"""The step of base `"sgd"`: preconditioned gradients, one control of their size, then SGD for all parameters."""
+"""
+The step of base `"sgd"`: SGD for all parameters, with preconditioned gradients for the layers, of one controlled size.
+
+A first pass over the layers finds what turns each gradient into a direction, and how large all of them are together.
+Only then are weights and momentum touched, and mostly without a direction being written down.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import base, formula
 from .config import EvaConfig
-from .curvature import Seen, correction_of, observe
-from .diagnostics import correction_squares, correction_sums, direction_sums
-from .shards import Routine, together
+from .curvature import correction_of, observe
+from .shards import Routine, local, together
 from .stacks import Stack
 from .step import Step
+
+
+class _Directions(NamedTuple):
+    """
+    What turns the gradients of a stack into `P = scales (G + columns @ rows)`, the gradients of its biases, and
+    `‖G‖²`, `⟨P, G⟩` and `‖P‖²` of each layer.
+    """
+
+    correction: formula.Correction
+    scales: Tensor
+    biases: Tensor | None
+    squares: Tensor
+    products: Tensor
+    direction_squares: Tensor
 
 
 def sgd_step(step: Step) -> None:
     """Take a step of all parameters."""
     config = step.config
-    done = together(_sgd_stack(step, stack) for stack in step.stacks)
-    updates = [update for stack_updates, _, _ in done for update in stack_updates]
-    norms = [norms for _, _, norms in done if norms]
-    factor = step.last.factor = _size_factor(config, step.stacks, [inner for _, inner, _ in done], norms)
-    if updates and factor is not None:
-        torch._foreach_mul_(updates, factor)
+    found = together(_directions(step, stack) for stack in step.stacks)
+    factor = step.last.factor = _size_factor(config, step.stacks, found)
+    done: set[int] = set()
+    for stack, directions in zip(step.stacks, found, strict=True):
+        done |= _take(step, stack, directions, 1.0 if factor is None else factor)
     for group in step.groups:
-        present = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if present:
-            base.sgd_(present, step.state, group, config.momentum, config.nesterov, step.sound)
+        others = [p for p in group["params"] if p.grad is not None and id(p) not in done]
+        if others:
+            base.sgd_(others, step.state, group, config.momentum, config.nesterov, step.sound)
 
 
-def _sgd_stack(step: Step, stack: Stack) -> Routine[tuple[list[Tensor], Tensor, tuple[Tensor, Tensor] | None]]:
-    """The gradients that hold the directions, `⟨P, G⟩` per layer, and where they are wanted `‖G‖` and `‖P‖`."""
-    gradients, biases = stack.gradients(step.scratch), (yield from stack.bias_gradients())
-    seen = yield from observe(step, stack, gradients)
-    inner, norms = yield from _precondition_(step, stack, gradients, biases, seen)
-    return stack.write_gradients(gradients, biases), inner, norms
-
-
-def _precondition_(
-    step: Step, stack: Stack, gradients: Tensor, biases: Tensor | None, seen: Seen
-) -> Routine[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
-    """Turn gradients into directions, in place; returns `⟨P, G⟩` per layer and, to rescale, `‖G‖` and `‖P‖`."""
-    config, matrices = step.config, stack.kind.matrices(gradients)
-    before = (yield from stack.norms(gradients, biases)) if config.kl_mode == "rescale" else None
-    squares = formula.squared_norms(gradients)
-    correction = yield from correction_of(config, stack, matrices, biases, seen, None)
-    # For diagnostics, parts send a few more numbers along; of whole layers they are made when somebody asks.
-    grams = [] if stack.is_whole else [correction.grams()]
-    squares, *grams = yield from stack.part.columns.sum(squares, *grams)
-    whole = squares if biases is None else squares + formula.squared_norms(biases)
-    inner = whole + (correction.columns * correction.images).sum((1, 2))
-    parts = [whole, correction_squares(correction, whole, grams[0], biases is not None)] if grams else []
-    inner, squares, *parts = yield from stack.part.rows.sum(inner, squares, *parts)
-    correction.apply_(matrices, biases)
-    keeps_norms = config.variant == "eva_s" and config.curvature == "joint"
-    if stack.is_whole:
-        step.last.keep(stack, correction_sums, correction, whole, inner, biases is not None, keeps_norms)
+def _directions(step: Step, stack: Stack) -> Routine[_Directions]:
+    config = step.config
+    biases = yield from stack.bias_gradients()
+    if config.needs_products_only:
+        gradients: formula.Stacked = stack.gradients_apart()
+        matrices: formula.Stacked = [stack.kind.matrix(gradient) for gradient in gradients]
     else:
-        step.last.keep(stack, direction_sums, parts[0], inner, parts[1], keeps_norms)
-    if keeps_norms:
-        inner = inner * (yield from formula.restore_norms_(gradients, squares, stack.part))
-    return inner, None if before is None else (before, (yield from stack.norms(gradients, biases)))
+        gradients = stack.gradients(step.scratch)
+        matrices = stack.kind.matrices(gradients)
+    seen = yield from observe(step, stack, gradients)
+    correction = yield from correction_of(config, stack, matrices, biases, seen, None)
+    squares, products, after = yield from correction.sums(step.squares_of(stack.weights), biases, stack.part)
+    scales = torch.ones_like(squares)
+    if config.variant == "eva_s" and config.curvature == "joint":
+        scales = formula.norm_ratios(squares, after)
+        products, after = products * scales, squares
+    step.last.keep(stack, torch.stack, (squares, products, after), 1)
+    return _Directions(correction, scales, biases, squares, products, after)
 
 
-def _size_factor(
-    config: EvaConfig, stacks: Sequence[Stack], inner: Sequence[Tensor], norms: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor | float | None:
+def _size_factor(config: EvaConfig, stacks: Sequence[Stack], found: Sequence[_Directions]) -> Tensor | float | None:
     """What all directions together are multiplied with, see [`formula.eva`] for the share of the damping."""
     if config.kl_mode == "rescale" and stacks:
-        return formula.rescale_factor(*zip(*norms, strict=True))
+        return formula.rescale_factor([d.squares.sqrt() for d in found], [d.direction_squares.sqrt() for d in found])
     scale = 1 / config.damping if config.divides_by_damping else 1.0
     if config.kl_mode == "clip" and stacks:
         return scale * formula.kl_factor(
-            [values * scale for values in inner], [stack.group["lr"] for stack in stacks], config.kl_clip
+            [directions.products * scale for directions in found],
+            [stack.group["lr"] for stack in stacks],
+            config.kl_clip,
         )
     return scale if config.divides_by_damping else None
+
+
+def _take(step: Step, stack: Stack, directions: _Directions, factor: Tensor | float) -> set[int]:
+    """
+    Take the step of the weights whose memory allows it, and return their ids. Of all others, and of biases, `.grad`
+    holds the direction afterwards.
+    """
+    (columns, rows, _), scales, config = directions.correction, directions.scales * factor, step.config
+    columns = columns * scales.view(-1, 1, 1)
+    if directions.biases is not None:
+        stack.write_bias_gradients(directions.biases * scales.unsqueeze(1) + columns.sum(2))
+    left, right = (rows.mT, columns.mT) if stack.kind.is_transposed else (columns, rows)
+    done = set()
+    for weight, one, other, scale in zip(stack.weights, left, right, scales, strict=True):
+        assert weight.grad is not None
+        grad, tensors = local(weight.grad), [weight.detach(), weight.grad]
+        if config.momentum:
+            tensors.append(base.sgd_buffer(weight, step.state))
+        matrices = [local(tensor) for tensor in tensors]
+        # Elsewhere a few operations on all tensors at once cost less than some on each.
+        is_direct = step.sound is None and grad.device.type == "cpu"
+        if is_direct and all(matrix.is_contiguous() and matrix.dtype == columns.dtype for matrix in matrices):
+            matrices = [matrix.flatten(1) for matrix in matrices]
+            base.directed_sgd_(matrices, one, other, scale, stack.group, config.momentum, config.nesterov)
+            done.add(id(weight))
+        else:
+            base.direct_(grad, one, other, scale)
+    return done

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layers import Layer, LayerKind, working_dtype
-from .shards import Axis, Part, Routine, axes_of, local, whole_axis
+from .shards import Axis, Part, Routine, axes_of, local
 
 # Weights in a stack, at most, by device: on a CPU a stack and its momentum should stay in the caches, on other devices
 # a stack should fill the machine. A layer that is larger is a stack by itself.
@@ -36,7 +36,7 @@ class Stack:
     def kind(self) -> LayerKind:
         return self.layers[0].kind
 
-    @property
+    @cached_property
     def weights(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]
 
@@ -80,6 +80,10 @@ class Stack:
         torch._foreach_copy_(list(stack.unbind()), gradients)
         return stack
 
+    def gradients_apart(self) -> list[Tensor]:
+        """The same one by one and in their own precision, for products that copy nothing of a weight's size."""
+        return [local(weight.grad).contiguous() for weight in self.weights if weight.grad is not None]
+
     def bias_gradients(self) -> Routine[Tensor | None]:
         """
         A copy `(n, d_out)` of the gradients of preconditioned biases in working precision, of the rows that this
@@ -94,33 +98,18 @@ class Stack:
             (stack,) = yield from self.bias_axis.sum(self.bias_axis.spread(stack))
         return stack
 
-    def write_gradients(self, gradients: Tensor, biases: Tensor | None) -> list[Tensor]:
-        """The way back, for rules that read `.grad`; returns all these `.grad`, or their parts."""
-        parameters = [layer.weight for layer in self.layers]
-        values = list(gradients.unbind())
-        if biases is not None:
-            parameters += [layer.bias for layer in self.layers if layer.bias is not None]
-            values += (biases if self.bias_axis == self.part.rows else self.bias_axis.take(biases)).unbind()
-        targets = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        for target, value in zip(targets, values, strict=True):
-            if target.data_ptr() != value.data_ptr():
-                target.copy_(value)
-        return targets
-
-    def norms(self, gradients: Tensor, biases: Tensor | None) -> Routine[Tensor]:
-        """Norms of all gradients, `(n,)`, or with biases `(2 n,)`."""
-        of_weights = yield from self.part.norms(torch.linalg.vector_norm(gradients.flatten(1), dim=1))
-        if biases is None:
-            return of_weights
-        of_rows = Part(self.part.rows, whole_axis(1))
-        return torch.cat([of_weights, (yield from of_rows.norms(torch.linalg.vector_norm(biases, dim=1)))])
+    def write_bias_gradients(self, values: Tensor) -> None:
+        """The way back, for rules that read `.grad`."""
+        values = values if self.bias_axis == self.part.rows else self.bias_axis.take(values)
+        biases = [layer.bias.grad for layer in self.layers if layer.bias is not None]
+        torch._foreach_copy_([local(grad) for grad in biases if grad is not None], list(values.unbind()))
 
     def read(self, state: State, key: str) -> Tensor:
         """One statistic of all layers, `(n, *shape)`."""
-        return torch.stack([state[layer.weight][key] for layer in self.layers])
+        return torch.stack([state[weight][key] for weight in self.weights])
 
     def write(self, state: State, key: str, values: Tensor) -> None:
-        torch._foreach_copy_([state[layer.weight][key] for layer in self.layers], list(values.unbind()))
+        torch._foreach_copy_([state[weight][key] for weight in self.weights], list(values.unbind()))
 
 
 class Scratch:
@@ -137,12 +126,13 @@ class Scratch:
         return buffer[:size].view(*shape)
 
 
-def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]]) -> list[Stack]:
+def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]], most: int | None = None) -> list[Stack]:
     """
     Put layers into as few stacks as there can be.
 
     Args:
         layers: for each its index, the layer, the parameter group of its weight and whether its bias takes part.
+        most: weights in a stack, if not [`MOST_WEIGHTS`].
     """
     alike = defaultdict(list)
     for index, layer, group, has_bias in layers:
@@ -152,8 +142,9 @@ def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]]) -> list
     stacks = []
     for (_, axes, _, device, _, has_bias), members in alike.items():
         size = max(1, math.prod(axis.size for axis in axes))
-        most = max(1, MOST_WEIGHTS.get(device.type, MOST_WEIGHTS_ELSEWHERE) // size)
-        for start in range(0, len(members), most):
-            part = members[start : start + most]
+        limit = MOST_WEIGHTS.get(device.type, MOST_WEIGHTS_ELSEWHERE) if most is None else most
+        count = max(1, limit // size)
+        for start in range(0, len(members), count):
+            part = members[start : start + count]
             stacks.append(Stack(tuple(m[1] for m in part), tuple(m[0] for m in part), part[0][2], has_bias))
     return stacks

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import base
@@ -58,6 +59,10 @@ class Step:
             numbers += [(weight, self.statistics[index].a_square) for weight, index in used]
             numbers += [(weight, self.statistics[index].g_square) for weight, index in used]
         self.sound = watch.judge(numbers)
+
+    def squares_of(self, weights: Sequence[Tensor]) -> Tensor:
+        """`‖G‖²` of the weights of a stack, `(n,)`."""
+        return torch.stack([self.squares[id(weight)] for weight in weights])
 
     def sound_on(self, tensor: Tensor) -> Tensor | None:
         """`sound`, where a tensor is."""

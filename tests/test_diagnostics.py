@@ -92,6 +92,7 @@ def test_strengths_and_size_are_those_of_weights_momenta_and_gradients(config):
         {n: x.detach().clone() for n, x in pairs}
         for pairs in (linear.items(), ((n, w.grad) for n, w in linear.items()))
     )
+    momenta = {name: optimizer.state[weight]["momentum_buffer"].clone() for name, weight in linear.items()}
     optimizer.step()
     found, updates = optimizer.diagnostics(), []
     for name, weight in linear.items():
@@ -100,7 +101,7 @@ def test_strengths_and_size_are_those_of_weights_momenta_and_gradients(config):
             before = beta * optimizer.state[weight]["momentum_buffer"] + (1 - beta) * before
             updates.append((weights[name] - weight.detach()) / LR)
         else:
-            updates.append(weight.grad)
+            updates.append(optimizer.state[weight]["momentum_buffer"] - beta * momenta[name])
         cosine = torch.nn.functional.cosine_similarity(before.flatten(), updates[-1].flatten(), dim=0)
         assert found[f"eva_strength/{name}"] == pytest.approx(1 - cosine.item(), abs=1e-9)
     whole = torch.cat([update.flatten() for update in updates])

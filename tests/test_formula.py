@@ -70,9 +70,12 @@ def test_a_bias_is_a_column(d_out, d_in, damping, seed, relative, variant):
     P, biases = G[:, :, :-1].clone(), G[:, :, -1].clone()
     correction = result(function(P, biases, a[:, :-1], *vectors[1:], damping, relative))
     products = correction.products(G.square().sum(2))
-    correction.apply_(P, biases)
-    assert_near([torch.cat([P, biases.unsqueeze(2)], 2)], [expected], 1e-12)
+    sums = result(correction.sums(formula.squared_norms(P), biases))
+    correction.apply_(P)
+    assert_near([torch.cat([P, (biases + correction.columns.sum(2)).unsqueeze(2)], 2)], [expected], 1e-12)
     torch.testing.assert_close(products, (expected * G).sum(2), rtol=1e-8, atol=1e-8)
+    for found, (left, right) in zip(sums, ((G, G), (expected, G), (expected, expected)), strict=True):
+        torch.testing.assert_close(found, (left * right).sum((1, 2)), rtol=1e-8, atol=1e-8)
 
 
 @few
@@ -81,8 +84,10 @@ def test_eva_s_of_any_order(shape, damping, seed, relative):
     G, *vectors = draw(seed, shape, *((d,) for d in shape))
     curvature = math.prod(v.square().sum().item() for v in vectors)
     P = G.view(1, shape[0], -1).clone()
-    result(formula.eva_s(P, stacked(*vectors), damping, relative)).apply_(P)
-    result(formula.restore_norms_(P, G.square().sum().unsqueeze(0)))
+    correction = result(formula.eva_s(P, stacked(*vectors), damping, relative))
+    squares, _, after = result(correction.sums(formula.squared_norms(P), None))
+    correction.apply_(P)
+    P *= formula.norm_ratios(squares, after)
     expected = reference.eva_s(G, vectors, damping * curvature if relative else damping)
     assert_near([P.view(shape)], [expected], 1e-8 * max(1.0, expected.abs().max().item()))
     means = result(formula.axis_means(G.unsqueeze(0)))
