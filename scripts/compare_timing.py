@@ -6,7 +6,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,26 +18,35 @@ from compare_runs import Job, make_trainer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hf_eva.callbacks import EvaCallback
+
 
 class Pace(TrainerCallback):
-    """Lets a training run one round of steps whenever it is told to, and times them."""
+    """Times the steps of each training but the first, to which the machine is as the optimizer before has left it."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps  # of a round
-        self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
+    def __init__(self) -> None:
         self.seconds: list[float] = []  # of each step
         self.started = 0.0
+        self.callback: EvaCallback | None = None  # which times the optimizer
+        self.in_first = 0.0  # seconds of the optimizer in the step that does not count
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.seconds = []
 
     def on_step_begin(self, args: Any, *_: Any, **kwargs: Any) -> None:
-        if len(self.seconds) % self.steps == 0:
-            self.paused.release()
-            self.go.acquire()
         _synchronize(args)
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, *_: Any, **kwargs: Any) -> None:
         _synchronize(args)
         self.seconds.append(time.perf_counter() - self.started)
+        if len(self.seconds) == 1:
+            self.in_first = self.in_optimizer
+
+    @property
+    def in_optimizer(self) -> float:
+        assert self.callback is not None
+        return self.callback.times.in_optimizer
 
 
 def _synchronize(args: Any) -> None:
@@ -47,34 +55,23 @@ def _synchronize(args: Any) -> None:
 
 
 class Side:
-    """One of the trainings that stand side by side, each in a thread of its own, of which one runs at a time."""
+    """
+    One of the optimizers that take turns. A turn is a whole training of the Trainer's, and not a part of one in a
+    thread of its own: OpenMP has other threads for each of these, and then lets all of them sleep between operations.
+    """
 
-    def __init__(self, job: Job, rounds: int, steps: int, folder: str) -> None:
+    def __init__(self, job: Job, steps: int, folder: str) -> None:
         interval = peers.PEERS[job.peer].interval
-        self.pace = Pace(math.ceil(steps / interval) * interval)
-        self.trainer = make_trainer(replace(job, steps=self.pace.steps * rounds), folder, self.pace)
+        self.steps = math.ceil(steps / interval) * interval
+        self.pace = Pace()
+        self.trainer = make_trainer(replace(job, steps=self.steps + 1), folder, self.pace)
+        self.pace.callback = self.trainer.eva_callback
         self.rounds: list[tuple[float, float]] = []  # seconds in the steps of a round, and in the optimizer
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self._train, daemon=True)
-        self.thread.start()
-        self.pace.paused.acquire()
-
-    def _train(self) -> None:
-        try:
-            self.trainer.train()
-        except Exception as error:
-            self.error = error
-        finally:
-            self.pace.paused.release()
 
     def run_round(self) -> None:
-        before = self.trainer.eva_callback.times.in_optimizer
-        self.pace.go.release()
-        self.pace.paused.acquire()
-        if self.error:
-            raise self.error
-        in_optimizer = self.trainer.eva_callback.times.in_optimizer - before
-        self.rounds.append((sum(self.pace.seconds[-self.pace.steps :]), in_optimizer))
+        self.trainer.lr_scheduler = None  # the one before is at its end
+        self.trainer.train()
+        self.rounds.append((sum(self.pace.seconds[1:]), self.pace.in_optimizer - self.pace.in_first))
 
 
 def measure_times(jobs: dict[str, Job], baseline: str, rounds: int, steps: int) -> dict[str, dict[str, float]]:
@@ -82,10 +79,10 @@ def measure_times(jobs: dict[str, Job], baseline: str, rounds: int, steps: int) 
     Times all optimizers of a task in turns, so that a machine that slows down slows all of them.
 
     A round has `steps` steps or, where the work of an optimizer repeats after some steps, as many whole periods as it
-    takes to reach them. The loop is the Trainer's own, stopped between two steps; a first round is not counted.
+    takes to reach them, after one that is not counted. The loop is the Trainer's own; a first round is not counted.
     """
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(job, rounds + 1, steps, os.path.join(folder, name)) for name, job in jobs.items()}
+        sides = {name: Side(job, steps, os.path.join(folder, name)) for name, job in jobs.items()}
         for number in range(rounds + 1):
             for name, side in list(sides.items())[:: 1 if number % 2 else -1]:
                 try:
@@ -95,7 +92,7 @@ def measure_times(jobs: dict[str, Job], baseline: str, rounds: int, steps: int) 
                         raise
                     print(f"{name}: not timed, {type(error).__name__}: {error}", file=sys.stderr)
                     del sides[name]
-    per_step = {name: [total / side.pace.steps for total, _ in side.rounds[1:]] for name, side in sides.items()}
+    per_step = {name: [total / side.steps for total, _ in side.rounds[1:]] for name, side in sides.items()}
     measured = {}
     for name, side in sides.items():
         measured[name] = {
