@@ -40,12 +40,14 @@ def test_flags_reach_the_config(tmp_path):
         "kl_mode": "clip",
         "kl_clip": 0.5,
     }
-    assert changed.keys() == {f.name for f in dataclasses.fields(EvaConfig)}
-    command = [part for name, value in changed.items() for part in (f"--eva_{name}", str(value))]
-    (args,) = HfArgumentParser(EvaTrainingArguments).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", *command]
-    )
-    assert args.eva_config == EvaConfig(**changed)
+    needs_adamw = {"momentum_dtype": "bfloat16"}
+    assert changed.keys() | needs_adamw.keys() == {f.name for f in dataclasses.fields(EvaConfig)}
+    for fields in (changed, needs_adamw):
+        command = [part for name, value in fields.items() for part in (f"--eva_{name}", str(value))]
+        (args,) = HfArgumentParser(EvaTrainingArguments).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path), "--use_cpu", *command]
+        )
+        assert args.eva_config == EvaConfig(**fields)
 
 
 def test_options_add_up_and_flags_come_last(tmp_path):
