@@ -12,6 +12,17 @@ from torch._dynamo.utils import counters
 from hf_eva import EvaConfig, create_eva_optimizer
 
 
+def check_a_step(model, compiled, optimizer, seed, allowed):
+    """A step on a batch of its own sees the first layer's inputs and output gradients."""
+    (loss,) = losses(data(model, seed=seed))
+    wanted = expected(copy.deepcopy(model), loss)
+    loss(compiled).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    state = optimizer.state[model[0].weight]
+    assert_near([state["eva_a"], state["eva_g"]], [wanted["0 a"], wanted["0 g"]], allowed)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_is_seen(backend):
     model = mlp()
@@ -19,13 +30,7 @@ def test_a_compiled_model_is_seen(backend):
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend)
     for step in range(2):
-        (loss,) = losses(data(model, seed=step))
-        wanted = expected(copy.deepcopy(model), loss)
-        loss(compiled).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        state = optimizer.state[model[0].weight]
-        assert_near([state["eva_a"], state["eva_g"]], [wanted["0 a"], wanted["0 g"]], 1e-12)
+        check_a_step(model, compiled, optimizer, step, 1e-12)
 
 
 def train_compiled(compiles=(), with_eva=True):
@@ -138,13 +143,7 @@ def test_a_model_that_moves_between_the_optimizer_and_its_graph():
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for step, allowed in enumerate((1e-5, 1e-12)):  # the first step adds where the model was
-        (loss,) = losses(data(model, seed=step))
-        wanted = expected(copy.deepcopy(model), loss)
-        loss(compiled).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        state = optimizer.state[model[0].weight]
-        assert_near([state["eva_a"], state["eva_g"]], [wanted["0 a"], wanted["0 g"]], allowed)
+        check_a_step(model, compiled, optimizer, step, allowed)
 
 
 def test_detached_hooks_leave_nothing_in_a_graph():
