@@ -446,12 +446,6 @@ def row_scales(
     return levels * (sizes * math.sqrt(numel) / (reaches * lengths)).unsqueeze(1)
 
 
-def squared_norms(stack: Tensor) -> Tensor:
-    """`‖·‖²` of each tensor of a contiguous stack, of shape `(n,)`."""
-    rows = stack.view(len(stack), math.prod(stack.shape[1:-1]), stack.shape[-1])
-    return _norm(rows, dim=2).square().sum(1)
-
-
 def squared_row_norms(matrices: Tensor) -> Tensor:
     """`‖·‖²` of every row of matrices `(n, d_out, d_in)`, of shape `(n, d_out)`."""
     if matrices.stride(-1) == 1:

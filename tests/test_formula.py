@@ -70,7 +70,7 @@ def test_a_bias_is_a_column(d_out, d_in, damping, seed, relative, variant):
     P, biases = G[:, :, :-1].clone(), G[:, :, -1].clone()
     correction = result(function(P, biases, a[:, :-1], *vectors[1:], damping, relative))
     products = correction.products(G.square().sum(2))
-    sums = result(correction.sums(formula.squared_norms(P), biases))
+    sums = result(correction.sums(P.square().sum((1, 2)), biases))
     correction.apply_(P)
     assert_near([torch.cat([P, (biases + correction.columns.sum(2)).unsqueeze(2)], 2)], [expected], 1e-12)
     torch.testing.assert_close(products, (expected * G).sum(2), rtol=1e-8, atol=1e-8)
@@ -85,7 +85,7 @@ def test_eva_s_of_any_order(shape, damping, seed, relative):
     curvature = math.prod(v.square().sum().item() for v in vectors)
     P = G.view(1, shape[0], -1).clone()
     correction = result(formula.eva_s(P, stacked(*vectors), damping, relative))
-    squares, _, after = result(correction.sums(formula.squared_norms(P), None))
+    squares, _, after = result(correction.sums(P.square().sum((1, 2)), None))
     correction.apply_(P)
     P *= formula.norm_ratios(squares, after)
     expected = reference.eva_s(G, vectors, damping * curvature if relative else damping)
@@ -267,7 +267,7 @@ def test_norms_of_rows(shape):
     expected = G.square().sum(2)
     assert_near([formula.squared_row_norms(G)], [expected], 1e-12)
     assert_near([formula.squared_row_norms(G.mT.contiguous().mT)], [expected], 1e-12)
-    assert_near([formula.squared_norms(G)], [expected.sum(1)], 1e-9)
+    assert_near([formula.squared_row_norms(G).sum(1)], [expected.sum(1)], 1e-9)
 
 
 def scales_of(P, M, correction, square, shares=None, largest=1.0):
