@@ -32,6 +32,7 @@ def main() -> int:
     if not sys.flags.safe_path:  # python -m has put the current folder there
         sys.path[0] = os.path.dirname(os.path.realpath(script))
     run(os.path.abspath(script))
+    leave_process_group()
     return 0
 
 
@@ -45,6 +46,15 @@ def run(path: str) -> None:
     except BaseException as error:
         begin_in_script(error)
         raise
+
+
+def leave_process_group() -> None:
+    """End the threads of collectives that a script has left running: one that still drops a tensor while Python ends
+    asks for the interpreter's lock, which then ends that thread and with it, now and then, the process by SIGABRT."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def begin_in_script(error: BaseException) -> None:

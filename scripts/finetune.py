@@ -311,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         results = {**training, **evaluation}
         rows = [f"{label:<38}{results[key]:>12,.4g}" for key, label in SUMMARY.items() if key in results]
         print("", *rows, f"plot  {folder}/loss.png", f"card  {folder}/README.md", sep="\n")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
