@@ -55,23 +55,27 @@ def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:
 def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Seen) -> Routine[Tensor]:
     """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
     matrices, (of_rows, of_columns), config = stack.kind.matrices(momenta), stack.part, step.config
+    row_squares = formula.squared_row_norms(matrices)
+    weights = torch.stack(torch._foreach_norm([local(layer.weight) for layer in stack.layers])).to(momenta.dtype)
+    row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
+    totals, weights = yield from of_rows.sum(row_squares.sum(1), weights)
     # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
     steps = seen.updates + config.nesterov
     starts = -torch.expm1(steps * math.log(max(config.momentum, _LEAST_MOMENTUM)))
-    correction = yield from correction_of(config, stack, matrices, None, seen, starts)
-    weights = torch.stack(torch._foreach_norm([local(layer.weight) for layer in stack.layers])).to(momenta.dtype)
-    row_squares, weights, grams = yield from of_columns.sum(
-        formula.squared_row_norms(matrices), weights.square(), correction.grams()
+    corrections, noises = starts * seen.squares.sqrt(), formula.noise_shares(starts, config.momentum, config.nesterov)
+    norms, numel = totals.sqrt(), stack.layers[0].weight.numel()
+    sizes = norms * formula.inverse(corrections)
+    largest = formula.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
+    trusts = formula.trusts(sizes, largest, noises)
+    correction = yield from correction_of(
+        config, stack, matrices, None, seen, formula.Momenta(corrections, totals, noises, trusts)
     )
+    (grams,) = yield from of_columns.sum(correction.grams())
     squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
     correction.apply_(matrices)
-    squares, products, row_squares, weights = yield from of_rows.sum(
-        *map(of_rows.spread, (squares, products, row_squares)), weights
-    )
+    squares, products, row_squares = yield from of_rows.sum(*map(of_rows.spread, (squares, products, row_squares)))
     shares = average(step.state, stack, "eva_rows", formula.row_shares(squares), seen.weights)
-    norms, numel = row_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
-    largest = formula.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
-    scales = formula.row_scales(squares, products, shares, norms, numel, seen.squares, starts, largest)
+    scales = formula.row_scales(squares, products, shares, norms, numel, sizes, largest)
     step.last.keep(stack, row_sums, row_squares, products, squares, scales)
     return of_rows.take(scales)
 

@@ -60,20 +60,18 @@ def average(state: State, stack: Stack, key: str, values: Tensor, weights: Tenso
 def correction_of(
     config: EvaConfig,
     stack: Stack,
-    matrices: formula.Stacked,
+    matrices: Tensor,
     biases: Tensor | None,
     seen: Seen,
-    starts: Tensor | None,
+    momenta: formula.Momenta | None = None,
 ) -> Routine[formula.Correction]:
-    """What preconditions gradients, or momenta with their `starts`, as variant and curvature have it."""
+    """What preconditions gradients, or momenta, as variant and curvature have it."""
     relative = config.damping_mode == "relative"
     if config.curvature == "factored":
         output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
-        corrections = None
-        if starts is not None and config.variant == "eva_s":
-            corrections = starts * seen.squares.sqrt()
-        assert isinstance(matrices, Tensor)
-        return formula.factored(matrices, output, input, config.exponent, corrections, stack.part)
+        return formula.factored(
+            matrices, output, input, config.exponent, momenta if config.variant == "eva_s" else None, stack.part
+        )
     if config.variant == "eva_s":
         vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
         return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)

@@ -6,6 +6,7 @@ taken with `torch.autograd.grad`, token by token. `G` is the gradient of a layer
 `X` holds its inputs as rows `(N, d_in)`, `D` the gradients at its output as rows `(N, d_out)`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -81,12 +82,36 @@ def inverse_power(matrix: Tensor, damping: float, exponent: float) -> Tensor:
     return vectors @ torch.diag((values + damping) ** -exponent) @ vectors.T
 
 
-def inverse_powers(U: Tensor, values: Tensor, trace: Tensor, damping: float, exponents: Tensor) -> Tensor:
-    """As [`inverse_power`] of [`factor`], up to a scalar, with an exponent of its own for every direction of U."""
+def inverse_powers(
+    U: Tensor, values: Tensor, trace: Tensor, damping: float, exponents: Tensor, rest: float = 1.0
+) -> Tensor:
+    """
+    As [`inverse_power`] of [`factor`], up to a scalar, with an exponent of its own for every direction of U, times
+    `rest` for the others, but none of U above these.
+    """
     d, r = U.shape
     rho = (trace - values.sum()).clamp(min=0) / max(d - r, 1)
-    ratios = (torch.maximum(values, rho) + damping) / (rho + damping)
-    return torch.eye(d, dtype=U.dtype) + U @ torch.diag(ratios**-exponents - 1) @ U.T
+    powers = ((torch.maximum(values, rho) + damping) / (rho + damping)) ** -exponents
+    return rest * torch.eye(d, dtype=U.dtype) + U @ torch.diag(powers.clamp(max=rest) - rest) @ U.T
+
+
+def noise_of_momentum(beta: float, steps: int, nesterov: bool) -> float:
+    """What is left of the square of the mean of gradients that are noise, in units of the mean of their squares."""
+    weights = [(1 - beta) * beta**age for age in range(steps)]
+    if nesterov:
+        weights = [beta * weight for weight in weights]
+        weights[0] += 1 - beta
+    return sum(weight**2 for weight in weights) / sum(weights) ** 2
+
+
+def signal(found: Tensor, expected: Tensor, noise: float) -> Tensor:
+    """The share of the squared momentum `found` that noise does not explain, where gradients have `expected`."""
+    return (1 - noise * expected / found).clamp(min=0) + 0.03
+
+
+def trust(size: Tensor, largest: Tensor, noise: float) -> Tensor:
+    """1 where a step is at most a quarter of the largest and noise is known, 0 where it is as long as that."""
+    return max(0.0, 1 - 5 * noise) * (torch.log(largest / size) / math.log(4)).clamp(0, 1)
 
 
 def agreement(projection: Tensor, values: Tensor) -> Tensor:
@@ -296,27 +321,36 @@ class Reference:
             M = beta * self.averages.get((layer, "momentum"), torch.zeros_like(G)) + (1 - beta) * G
             self.averages[layer, "momentum"] = M
             N = beta * M + (1 - beta) * G if config.nesterov else M
-            P = self.precondition(N, factors)
+            largest = 0.05 * root_mean_square / self.lr if self.lr else torch.tensor(math.inf, dtype=G.dtype)
+            P = self.precondition(N, factors, square, largest)
             shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
-            largest = (0.05 * root_mean_square / self.lr).clamp(min=0.2) if self.lr else 1.0
+            largest = largest.clamp(min=0.2)
             step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square, largest)
             self.turned[layer] = N, step
             parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
 
-    def precondition(self, N: Tensor, factors) -> Tensor:
-        """`B^(−p) N A^(−p)`, with the exponents that the agreement of gradients asks for in `"eva_s"`."""
+    def precondition(self, N: Tensor, factors, square: Tensor, largest: Tensor) -> Tensor:
+        """
+        `B^(−p) N A^(−p)`. In `"eva_s"`, with the exponents that the agreement of gradients asks for, and with less of
+        what lies outside of the bases where that is noise.
+        """
         config = self.config
         corrected = N / (1 - config.momentum ** (self.steps + config.nesterov))
+        noise = noise_of_momentum(config.momentum, self.steps, config.nesterov)
         powers = []
         for side, projected in zip(factors, (corrected.T, corrected), strict=True):
             if side is None:
                 powers.append(None)
                 continue
             U, values, trace, damping = side
-            exponents = torch.full_like(values, config.exponent)
+            exponents, rest = torch.full_like(values, config.exponent), 1.0
             if config.variant == "eva_s":
                 exponents = exponents * (1 - agreement(U.T @ projected, values) / 2)
-            powers.append(inverse_powers(U, values, trace, damping, exponents))
+                kept, others = (U.T @ projected).square().sum(), (projected - U @ (U.T @ projected)).square().sum()
+                if trace - values.sum() > 1e-4 * trace:
+                    ratio = signal(others, trace - values.sum(), noise) / signal(kept, values.sum(), noise)
+                    rest = ratio.clamp(max=1) ** trust(corrected.norm() / square.sqrt(), largest, noise)
+            powers.append(inverse_powers(U, values, trace, damping, exponents, rest))
         A, B = powers
         P = N if A is None else N @ A
         return P if B is None else B @ P

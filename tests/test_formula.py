@@ -102,9 +102,7 @@ def test_each_layer_of_a_stack_is_by_itself():
         result(formula.eva_f(G, None, a, 0.1, True)),
         result(formula.eva_s(G, [g, a], 0.1, True)),
         result(
-            formula.factored(
-                G, *(formula.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5, None
-            )
+            formula.factored(G, *(formula.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5)
         ),
     ]
     for i in range(3):
@@ -114,7 +112,7 @@ def test_each_layer_of_a_stack_is_by_itself():
             result(formula.eva(G[one], None, a[one], g[one], 0.1, True)),
             result(formula.eva_f(G[one], None, a[one], 0.1, True)),
             result(formula.eva_s(G[one], [g[one], a[one]], 0.1, True)),
-            result(formula.factored(G[one], *factors, 0.5, None)),
+            result(formula.factored(G[one], *factors, 0.5)),
         ]
         for all_three, single in zip(many, alone, strict=True):
             assert_near([all_three.columns[one] @ all_three.rows[one]], [single.columns @ single.rows], 1e-13)
@@ -137,7 +135,7 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     trace = values.sum()
     factor = formula.factor_levels(*stacked(U * top / trace, trace), damping, relative)
     found = torch.eye(d, dtype=torch.float64).unsqueeze(0)
-    result(formula.factored(found, factor, None, exponent, None)).apply_(found)
+    result(formula.factored(found, factor, None, exponent)).apply_(found)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
@@ -154,7 +152,8 @@ def test_two_sides_multiply(d_out, d_in, seed, used, agree):
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
     wanted = [stacked(*values) if used in (side, "both") else None for side, values in sides.items()]
-    correction = result(formula.factored(G.unsqueeze(0), *wanted, 0.5, 0.5 * ones if agree else None))
+    momenta = formula.Momenta(0.5 * ones, G.square().sum() * ones, 0 * ones, 0 * ones)
+    correction = result(formula.factored(G.unsqueeze(0), *wanted, 0.5, momenta if agree else None))
 
     def power(side, projection):
         basis, value, level = sides[side]
@@ -270,12 +269,60 @@ def test_norms_of_rows(shape):
     assert_near([formula.squared_row_norms(G).sum(1)], [expected.sum(1)], 1e-9)
 
 
+@few
+@given(st.integers(3, 12), dimension, seed, st.floats(0.05, 0.95), st.floats(0.0, 1.0))
+def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, columns, seed, noise, trust):
+    M, guess = draw(seed, (d, columns), (d, 2))
+    U, one = torch.linalg.qr(guess)[0], torch.ones(1, dtype=M.dtype)
+    values, trace, correction = torch.tensor([0.2, 0.5], dtype=M.dtype), 2.0, 1.7
+    factor = formula.factor_levels((U * values).unsqueeze(0), trace * one, 0.03, True)
+    momenta = formula.Momenta(correction * trace**0.5 * one, M.square().sum() * one, noise * one, trust * one)
+    squares = (U.T @ M).square().sum(1).unsqueeze(0)
+    powers = formula.momentum_powers(factor[2], 0.5, squares, factor[1], momenta)[0]
+    corrected = M / correction
+    kept, others = (U.T @ corrected).square().sum(), (corrected - U @ (U.T @ corrected)).square().sum()
+    signals = [reference.signal(x, share * trace, noise) for x, share in ((kept, values.sum()), (others, 0.3))]
+    rest = (signals[1] / signals[0]).clamp(max=1) ** trust
+    exponents = 0.5 * (1 - reference.agreement(U.T @ corrected, values * trace) / 2)
+    expected = reference.inverse_powers(U, values * trace, torch.tensor(trace), 0.03 * trace / d, exponents, rest)
+    assert_near([torch.eye(d, dtype=M.dtype) + U @ torch.diag(powers - 1) @ U.T], [expected / rest], 1e-9)
+
+
+def test_a_basis_that_explains_all_has_no_directions_outside():
+    """What is left there is rounding, from which nothing can be told."""
+    ones = torch.ones(1)
+    for unexplained in (0.0, 1e-6):
+        momenta = formula.Momenta(ones, (1 + unexplained) * ones, 0.1 * ones, ones)
+        powers = formula.momentum_powers(
+            4 * torch.ones(1, 1), 0.5, ones.view(1, 1), (1 - unexplained) * torch.ones(1, 1), momenta
+        )
+        torch.testing.assert_close(powers, torch.full((1, 1), 4**-0.25), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.95])
+def test_what_noise_leaves_of_a_momentum(beta, nesterov):
+    for steps in (1, 2, 7, 500):
+        starts = torch.tensor([1 - beta ** (steps + nesterov)], dtype=torch.float64)
+        found = formula.noise_shares(starts, beta, nesterov).item()
+        assert found == pytest.approx(reference.noise_of_momentum(beta, steps, nesterov), rel=1e-9)
+
+
+def test_coarse_steps_and_unknown_noise_are_not_trusted():
+    sizes, largest = torch.tensor([2.0, 1.0, 0.5, 0.25, 0.01, 0.0]), torch.ones(6)
+    expected = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(formula.trusts(sizes, largest, torch.zeros(6)), expected)
+    torch.testing.assert_close(formula.trusts(sizes, largest, torch.full((6,), 0.15)), expected / 4)
+    assert (formula.trusts(sizes, largest, torch.full((6,), 0.2 + 1e-6)) == 0).all()
+
+
 def scales_of(P, M, correction, square, shares=None, largest=1.0):
     squares, products = P.square().sum(1).unsqueeze(0), (P * M).sum(1).unsqueeze(0)
     shares = formula.row_shares(squares) if shares is None else shares.unsqueeze(0)
     correction, square, largest = (torch.tensor([value], dtype=P.dtype) for value in (correction, square, largest))
     norms = M.norm().unsqueeze(0)
-    return formula.row_scales(squares, products, shares, norms, M.numel(), square, correction, largest)[0]
+    sizes = norms / (correction * square.sqrt())
+    return formula.row_scales(squares, products, shares, norms, M.numel(), sizes, largest)[0]
 
 
 @few
@@ -293,7 +340,12 @@ def test_no_step_changes_weights_much_unless_noise_would():
     lr, norms = 0.004, W.flatten(1).norm(dim=1)
     largest = formula.largest_sizes(norms, 2000, lr)
     assert largest[0] == pytest.approx(0.05 * W[0].square().mean().sqrt().item() / lr)
-    assert formula.largest_sizes(norms, 2000, 0.1)[0] == 0.2  # where a step is coarse, that of noise is let through
+    P, M = draw(0, (5, 4), (5, 4))
+    sizes = [
+        P.mul(scales_of(P, M, 1.0, M.square().sum().item(), None, largest).unsqueeze(1)).norm()
+        for largest in (0.1, 0.2)
+    ]
+    assert sizes[0] == sizes[1]  # where a step is coarse, that of noise is let through
     assert formula.largest_sizes(norms, 2000, 0.0).isfinite().all()
 
 
