@@ -60,7 +60,7 @@ def average(state: State, stack: Stack, key: str, values: Tensor, weights: Tenso
 def correction_of(
     config: EvaConfig,
     stack: Stack,
-    matrices: Tensor,
+    matrices: formula.Stacked,
     biases: Tensor | None,
     seen: Seen,
     momenta: formula.Momenta | None = None,
@@ -69,9 +69,9 @@ def correction_of(
     relative = config.damping_mode == "relative"
     if config.curvature == "factored":
         output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
-        return formula.factored(
-            matrices, output, input, config.exponent, momenta if config.variant == "eva_s" else None, stack.part
-        )
+        assert isinstance(matrices, Tensor)
+        known = momenta if config.variant == "eva_s" else None
+        return formula.factored(matrices, output, input, config.exponent, known, stack.part)
     if config.variant == "eva_s":
         vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
         return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)
