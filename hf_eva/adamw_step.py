@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import base, formula
+from . import base, factors, formula
 from .curvature import Seen, average, correction_of, observe
 from .diagnostics import row_sums
 from .layers import Layer, working_dtype
@@ -62,20 +62,20 @@ def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Se
     # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
     steps = seen.updates + config.nesterov
     starts = -torch.expm1(steps * math.log(max(config.momentum, _LEAST_MOMENTUM)))
-    corrections, noises = starts * seen.squares.sqrt(), formula.noise_shares(starts, config.momentum, config.nesterov)
+    corrections, noises = starts * seen.squares.sqrt(), factors.noise_shares(starts, config.momentum, config.nesterov)
     norms, numel = totals.sqrt(), stack.layers[0].weight.numel()
     sizes = norms * formula.inverse(corrections)
-    largest = formula.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
-    trusts = formula.trusts(sizes, largest, noises)
+    largest = factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
+    trusts = factors.trusts(sizes, largest, noises)
     correction = yield from correction_of(
-        config, stack, matrices, None, seen, formula.Momenta(corrections, totals, noises, trusts)
+        config, stack, matrices, None, seen, factors.Momenta(corrections, totals, noises, trusts)
     )
     (grams,) = yield from of_columns.sum(correction.grams())
     squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
     correction.apply_(matrices)
     squares, products, row_squares = yield from of_rows.sum(*map(of_rows.spread, (squares, products, row_squares)))
-    shares = average(step.state, stack, "eva_rows", formula.row_shares(squares), seen.weights)
-    scales = formula.row_scales(squares, products, shares, norms, numel, sizes, largest)
+    shares = average(step.state, stack, "eva_rows", factors.row_shares(squares), seen.weights)
+    scales = factors.row_scales(squares, products, shares, norms, numel, sizes, largest)
     step.last.keep(stack, row_sums, row_squares, products, squares, scales)
     return of_rows.take(scales)
 

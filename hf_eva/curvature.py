@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import formula
+from . import factors, formula, subspaces
 from .capture import Statistics
 from .config import EvaConfig
 from .layers import Layer, working_dtype
@@ -29,7 +29,7 @@ class Seen:
 
     `weights` and `updates` are this step's weight in running averages and the number of steps that count in them, of
     shape `(n,)`; `squares` is the average `‖G‖²`, where one is kept. `vectors` (curvature `"joint"`) and `factors`
-    (`"factored"`, see [`formula.factor_levels`]) are the curvature.
+    (`"factored"`, see [`factors.factor_levels`]) are the curvature.
     """
 
     weights: Tensor
@@ -63,7 +63,7 @@ def correction_of(
     matrices: formula.Stacked,
     biases: Tensor | None,
     seen: Seen,
-    momenta: formula.Momenta | None = None,
+    momenta: factors.Momenta | None = None,
 ) -> Routine[formula.Correction]:
     """What preconditions gradients, or momenta, as variant and curvature have it."""
     relative = config.damping_mode == "relative"
@@ -71,7 +71,7 @@ def correction_of(
         output, input = seen.factors.get("eva_g"), seen.factors.get("eva_a")
         assert isinstance(matrices, Tensor)
         known = momenta if config.variant == "eva_s" else None
-        return formula.factored(matrices, output, input, config.exponent, known, stack.part)
+        return factors.factored(matrices, output, input, config.exponent, known, stack.part)
     if config.variant == "eva_s":
         vectors = seen.vectors[::-1] if stack.kind.is_transposed else seen.vectors
         return formula.eva_s(matrices, vectors, config.damping, relative, stack.part)
@@ -123,10 +123,10 @@ def _observe_gradients(
     output, input = stack.read(step.state, "eva_g"), stack.read(step.state, "eva_a")
     if step.number <= SEARCH_STEPS:
         first = valid & (seen.updates == 1)
-        output, input = yield from formula.find_bases(matrices, output, input, first, squares, stack.part)
+        output, input = yield from subspaces.find_bases(matrices, output, input, first, squares, stack.part)
     # The average that `‖G‖²` gets, in its new units.
     weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
-    output, input = yield from formula.subspace_step(matrices, output, input, weights, squares, stack.part)
+    output, input = yield from subspaces.subspace_step(matrices, output, input, weights, squares, stack.part)
     for key, bases in (("eva_g", output), ("eva_a", input)):
         stack.write(step.state, key, bases)
         seen.factors[key] = _factors(step.config, bases, seen.squares)
@@ -147,7 +147,7 @@ def _count(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Seen:
 
 
 def _factors(config: EvaConfig, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return formula.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
+    return factors.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
 
 
 def _create_statistics(state: State, layer: Layer, config: EvaConfig) -> None:
@@ -156,4 +156,4 @@ def _create_statistics(state: State, layer: Layer, config: EvaConfig) -> None:
     if "eva_updates" not in entry:
         for key, shape in statistics_shapes(layer, config).items():
             like = torch.zeros(shape, dtype=working_dtype(layer.weight), device=layer.weight.device)
-            entry[key] = formula.initial_basis(*shape, like) if len(shape) == 2 else like
+            entry[key] = subspaces.initial_basis(*shape, like) if len(shape) == 2 else like

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .config import EvaConfig
-from .formula import column_norms
 from .stacks import Stack, State
+from .subspaces import column_norms
 
 STRENGTH = "eva_strength"  # on average; of a layer `eva_strength/<layer>`
 CURVATURE = "eva_curvature_"  # and the side

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from reference import observe
 from torch import Tensor, nn
 
-from hf_eva import EvaConfig, formula, plan
+from hf_eva import EvaConfig, plan, subspaces
 from hf_eva.capture import Capture
 
 # Every variant of the recipe and of the published family, for tests that concern them all.
@@ -198,7 +198,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def guess(dimension: int, rank: int) -> torch.Tensor:
-    return formula.initial_basis(dimension, rank, torch.zeros((), dtype=torch.float64))
+    return subspaces.initial_basis(dimension, rank, torch.zeros((), dtype=torch.float64))
 
 
 def attach(model, with_output_gradients=True) -> Capture:

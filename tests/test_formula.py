@@ -1,4 +1,4 @@
-"""Each function of `formula` against the dense form of the reference, for all shapes."""
+"""Each function of `formula`, `subspaces` and `factors` against the dense form of the reference, for all shapes."""
 
 import math
 
@@ -9,7 +9,7 @@ from helpers import assert_equal, assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_eva import formula
+from hf_eva import factors, formula, subspaces
 from hf_eva.shards import together
 
 few = settings(max_examples=20, deadline=None)
@@ -102,17 +102,17 @@ def test_each_layer_of_a_stack_is_by_itself():
         result(formula.eva_f(G, None, a, 0.1, True)),
         result(formula.eva_s(G, [g, a], 0.1, True)),
         result(
-            formula.factored(G, *(formula.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5)
+            factors.factored(G, *(factors.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5)
         ),
     ]
     for i in range(3):
         one = slice(i, i + 1)
-        factors = (formula.factor_levels(basis[one], a[one, 0].abs() * 9, 0.1, True) for basis in (U, V))
+        sides = (factors.factor_levels(basis[one], a[one, 0].abs() * 9, 0.1, True) for basis in (U, V))
         alone = [
             result(formula.eva(G[one], None, a[one], g[one], 0.1, True)),
             result(formula.eva_f(G[one], None, a[one], 0.1, True)),
             result(formula.eva_s(G[one], [g[one], a[one]], 0.1, True)),
-            result(formula.factored(G[one], *factors, 0.5)),
+            result(factors.factored(G[one], *sides, 0.5)),
         ]
         for all_three, single in zip(many, alone, strict=True):
             assert_near([all_three.columns[one] @ all_three.rows[one]], [single.columns @ single.rows], 1e-13)
@@ -133,9 +133,9 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     U, top = vectors[:, -rank:], values[-rank:]
     trace = values.sum()
-    factor = formula.factor_levels(*stacked(U * top / trace, trace), damping, relative)
+    factor = factors.factor_levels(*stacked(U * top / trace, trace), damping, relative)
     found = torch.eye(d, dtype=torch.float64).unsqueeze(0)
-    result(formula.factored(found, factor, None, exponent)).apply_(found)
+    result(factors.factored(found, factor, None, exponent)).apply_(found)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
@@ -152,8 +152,8 @@ def test_two_sides_multiply(d_out, d_in, seed, used, agree):
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
     wanted = [stacked(*values) if used in (side, "both") else None for side, values in sides.items()]
-    momenta = formula.Momenta(0.5 * ones, G.square().sum() * ones, 0 * ones, 0 * ones)
-    correction = result(formula.factored(G.unsqueeze(0), *wanted, 0.5, momenta if agree else None))
+    momenta = factors.Momenta(0.5 * ones, G.square().sum() * ones, 0 * ones, 0 * ones)
+    correction = result(factors.factored(G.unsqueeze(0), *wanted, 0.5, momenta if agree else None))
 
     def power(side, projection):
         basis, value, level = sides[side]
@@ -167,9 +167,9 @@ def test_two_sides_multiply(d_out, d_in, seed, used, agree):
 def test_first_bases_are_the_subspaces_of_the_first_gradient():
     U, V = (torch.linalg.qr(matrix)[0] for matrix in draw(0, (9, 3), (7, 3)))
     G = (U @ torch.diag(torch.tensor([5.0, 2.0, 1.0], dtype=torch.float64)) @ V.T).unsqueeze(0)
-    guesses = stacked(formula.initial_basis(9, 3, G), formula.initial_basis(7, 3, G))
-    assert_equal(result(formula.find_bases(G * torch.nan, *guesses, torch.tensor([False]), torch.ones(1))), guesses)
-    bases = result(formula.find_bases(G, *guesses, torch.tensor([True]), G.square().sum((1, 2))))
+    guesses = stacked(subspaces.initial_basis(9, 3, G), subspaces.initial_basis(7, 3, G))
+    assert_equal(result(subspaces.find_bases(G * torch.nan, *guesses, torch.tensor([False]), torch.ones(1))), guesses)
+    bases = result(subspaces.find_bases(G, *guesses, torch.tensor([True]), G.square().sum((1, 2))))
     assert_near([basis[0] @ basis[0].T for basis in bases], [U @ U.T, V @ V.T], 1e-12)
 
 
@@ -177,16 +177,16 @@ def test_first_bases_are_the_subspaces_of_the_first_gradient():
 @given(st.integers(1, 12), st.integers(1, 4), seed, st.floats(0.01, 1.0))
 def test_bases_solve_within_what_the_gradient_shows(d, rank, seed, decay):
     gradients = [draw(seed + step, (1, d, d + 2))[0] for step in range(4)]
-    bases = stacked(*(formula.initial_basis(size, min(rank, d), gradients[0]) for size in (d, d + 2)))
+    bases = stacked(*(subspaces.initial_basis(size, min(rank, d), gradients[0]) for size in (d, d + 2)))
     dense = [(torch.zeros(len(basis[0]), len(basis[0]), dtype=basis.dtype), basis[0]) for basis in bases]
     for step, G in enumerate(gradients):
         weight = decay if step else 1.0
-        bases = result(formula.subspace_step(G, *bases, torch.tensor([weight], dtype=torch.float64), torch.ones(1)))
+        bases = result(subspaces.subspace_step(G, *bases, torch.tensor([weight], dtype=torch.float64), torch.ones(1)))
         seen = zip((G[0], G[0].T), dense, reversed(dense), strict=True)
         found = [reference.ritz_step(old, U, M @ other, M @ M.T, weight) for M, (old, U), (_, other) in seen]
         dense = [(F, U) for F, U, _ in found]
         for basis, (F, _, values) in zip(bases, found, strict=True):
-            lengths = formula.column_norms(basis)
+            lengths = subspaces.column_norms(basis)
             assert_near([basis[0] / lengths @ basis[0].T / values.max()], [F / values.max()], 1e-9)
             gram = basis[0].T @ basis[0] / values.max() ** 2
             assert_near([gram], [torch.diag(gram.diag())], 1e-9)
@@ -196,13 +196,13 @@ def test_bases_find_the_leading_eigenvectors():
     (left, _), (right, _) = (torch.linalg.qr(matrix) for matrix in draw(0, (20, 20), (20, 20)))
     values = torch.tensor([50.0, 20.0, 8.0] + [0.1] * 17, dtype=torch.float64)
     G = (left @ torch.diag(values.sqrt()) @ right.T).unsqueeze(0)
-    bases = stacked(formula.initial_basis(20, 3, G), formula.initial_basis(20, 3, G))
+    bases = stacked(subspaces.initial_basis(20, 3, G), subspaces.initial_basis(20, 3, G))
     for step in range(200):
         weight = torch.tensor([0.05 if step else 1.0], dtype=torch.float64)
-        bases = result(formula.subspace_step(G, *bases, weight, torch.ones(1)))
+        bases = result(subspaces.subspace_step(G, *bases, weight, torch.ones(1)))
     for basis, vectors in zip(bases, (left, right), strict=True):
-        assert_near([formula.column_norms(basis)[0].sort(descending=True).values], [values[:3]], 0.01)
-        U = formula.unit_columns(basis)[0]
+        assert_near([subspaces.column_norms(basis)[0].sort(descending=True).values], [values[:3]], 0.01)
+        U = subspaces.unit_columns(basis)[0]
         assert_near([U @ U.T], [vectors[:, :3] @ vectors[:, :3].T], 1e-3)
 
 
@@ -210,28 +210,28 @@ def test_no_direction_is_counted_twice_where_there_are_few():
     """Two outputs and 16 vectors: the eigenvalues that are found are those of `Gᵀ G`, whose sum is the trace."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(1, 2, 384, generator=generator)
-    bases = [formula.initial_basis(d, 16, mean).unsqueeze(0) for d in (2, 384)]
+    bases = [subspaces.initial_basis(d, 16, mean).unsqueeze(0) for d in (2, 384)]
     trace = torch.zeros(())
     for step in range(10):
         G = mean + 0.3 * torch.randn(1, 2, 384, generator=generator)
         if step == 0:
-            bases = result(formula.find_bases(G, *bases, torch.tensor([True]), torch.ones(1)))
+            bases = result(subspaces.find_bases(G, *bases, torch.tensor([True]), torch.ones(1)))
         bases = result(
-            formula.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0]), torch.ones(1))
+            subspaces.subspace_step(G, *bases, torch.tensor([weight := 0.05 if step else 1.0]), torch.ones(1))
         )
         trace = trace.lerp(G.square().sum(), weight)
         for basis in bases:
-            assert formula.column_norms(basis).sum() <= 1.001 * trace
-    assert formula.column_norms(bases[0]).sum() >= 0.999 * trace
+            assert subspaces.column_norms(basis).sum() <= 1.001 * trace
+    assert subspaces.column_norms(bases[0]).sum() >= 0.999 * trace
 
 
 @pytest.mark.parametrize("rank", [1, 4, 50])
 def test_the_first_guess_is_the_same_everywhere(rank):
     like = torch.zeros((), dtype=torch.float32)
     torch.manual_seed(1)
-    guess = formula.initial_basis(6, rank, like)
+    guess = subspaces.initial_basis(6, rank, like)
     torch.manual_seed(2)
-    assert_equal([guess], [formula.initial_basis(6, rank, like)])
+    assert_equal([guess], [subspaces.initial_basis(6, rank, like)])
     assert guess.shape == (6, min(rank, 6)) and guess.dtype == torch.float32
     assert torch.linalg.matrix_rank(guess) == min(rank, 6)
 
@@ -275,10 +275,10 @@ def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, column
     M, guess = draw(seed, (d, columns), (d, 2))
     U, one = torch.linalg.qr(guess)[0], torch.ones(1, dtype=M.dtype)
     values, trace, correction = torch.tensor([0.2, 0.5], dtype=M.dtype), 2.0, 1.7
-    factor = formula.factor_levels((U * values).unsqueeze(0), trace * one, 0.03, True)
-    momenta = formula.Momenta(correction * trace**0.5 * one, M.square().sum() * one, noise * one, trust * one)
+    factor = factors.factor_levels((U * values).unsqueeze(0), trace * one, 0.03, True)
+    momenta = factors.Momenta(correction * trace**0.5 * one, M.square().sum() * one, noise * one, trust * one)
     squares = (U.T @ M).square().sum(1).unsqueeze(0)
-    powers = formula.momentum_powers(factor[2], 0.5, squares, factor[1], momenta)[0]
+    powers = factors.momentum_powers(factor[2], 0.5, squares, factor[1], momenta)[0]
     corrected = M / correction
     kept, others = (U.T @ corrected).square().sum(), (corrected - U @ (U.T @ corrected)).square().sum()
     signals = [reference.signal(x, share * trace, noise) for x, share in ((kept, values.sum()), (others, 0.3))]
@@ -292,8 +292,8 @@ def test_a_basis_that_explains_all_has_no_directions_outside():
     """What is left there is rounding, from which nothing can be told."""
     ones = torch.ones(1)
     for unexplained in (0.0, 1e-6):
-        momenta = formula.Momenta(ones, (1 + unexplained) * ones, 0.1 * ones, ones)
-        powers = formula.momentum_powers(
+        momenta = factors.Momenta(ones, (1 + unexplained) * ones, 0.1 * ones, ones)
+        powers = factors.momentum_powers(
             4 * torch.ones(1, 1), 0.5, ones.view(1, 1), (1 - unexplained) * torch.ones(1, 1), momenta
         )
         torch.testing.assert_close(powers, torch.full((1, 1), 4**-0.25), rtol=1e-4, atol=0)
@@ -304,25 +304,25 @@ def test_a_basis_that_explains_all_has_no_directions_outside():
 def test_what_noise_leaves_of_a_momentum(beta, nesterov):
     for steps in (1, 2, 7, 500):
         starts = torch.tensor([1 - beta ** (steps + nesterov)], dtype=torch.float64)
-        found = formula.noise_shares(starts, beta, nesterov).item()
+        found = factors.noise_shares(starts, beta, nesterov).item()
         assert found == pytest.approx(reference.noise_of_momentum(beta, steps, nesterov), rel=1e-9)
 
 
 def test_coarse_steps_and_unknown_noise_are_not_trusted():
     sizes, largest = torch.tensor([2.0, 1.0, 0.5, 0.25, 0.01, 0.0]), torch.ones(6)
     expected = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
-    torch.testing.assert_close(formula.trusts(sizes, largest, torch.zeros(6)), expected)
-    torch.testing.assert_close(formula.trusts(sizes, largest, torch.full((6,), 0.15)), expected / 4)
-    assert (formula.trusts(sizes, largest, torch.full((6,), 0.2 + 1e-6)) == 0).all()
+    torch.testing.assert_close(factors.trusts(sizes, largest, torch.zeros(6)), expected)
+    torch.testing.assert_close(factors.trusts(sizes, largest, torch.full((6,), 0.15)), expected / 4)
+    assert (factors.trusts(sizes, largest, torch.full((6,), 0.2 + 1e-6)) == 0).all()
 
 
 def scales_of(P, M, correction, square, shares=None, largest=1.0):
     squares, products = P.square().sum(1).unsqueeze(0), (P * M).sum(1).unsqueeze(0)
-    shares = formula.row_shares(squares) if shares is None else shares.unsqueeze(0)
+    shares = factors.row_shares(squares) if shares is None else shares.unsqueeze(0)
     correction, square, largest = (torch.tensor([value], dtype=P.dtype) for value in (correction, square, largest))
     norms = M.norm().unsqueeze(0)
     sizes = norms / (correction * square.sqrt())
-    return formula.row_scales(squares, products, shares, norms, M.numel(), sizes, largest)[0]
+    return factors.row_scales(squares, products, shares, norms, M.numel(), sizes, largest)[0]
 
 
 @few
@@ -338,7 +338,7 @@ def test_updates_have_the_size_of_adamw(d_out, d_in, seed, correction, square, l
 def test_no_step_changes_weights_much_unless_noise_would():
     W = torch.randn(2, 50, 40, dtype=torch.float64) * torch.tensor([0.02, 2.0]).view(2, 1, 1)
     lr, norms = 0.004, W.flatten(1).norm(dim=1)
-    largest = formula.largest_sizes(norms, 2000, lr)
+    largest = factors.largest_sizes(norms, 2000, lr)
     assert largest[0] == pytest.approx(0.05 * W[0].square().mean().sqrt().item() / lr)
     P, M = draw(0, (5, 4), (5, 4))
     sizes = [
@@ -346,7 +346,7 @@ def test_no_step_changes_weights_much_unless_noise_would():
         for largest in (0.1, 0.2)
     ]
     assert sizes[0] == sizes[1]  # where a step is coarse, that of noise is let through
-    assert formula.largest_sizes(norms, 2000, 0.0).isfinite().all()
+    assert factors.largest_sizes(norms, 2000, 0.0).isfinite().all()
 
 
 def test_noise_and_signal_have_the_sizes_of_adamw():

@@ -19,6 +19,8 @@ ROOMS = (
     "soundness",
     "base",
     "formula",
+    "subspaces",
+    "factors",
     "layers",
     "stacks",
     "selection",

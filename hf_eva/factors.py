@@ -1,0 +1,203 @@
+"""
+The recipe: momenta `(n, d_out, d_in)` preconditioned by two low-rank factors, and scaled to the size of AdamW's.
+
+The conventions are those of [`formula`].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .formula import TINY, Correction, dot, inverse, least, norm
+from .shards import WHOLE, Part, Routine
+from .subspaces import column_norms, unit_columns
+
+LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
+NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
+LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it
+SMALL_CHANGE = 4.0  # times smaller than that, a step is no risk to a weight, and need not spread over all directions
+FEWEST = 5.0  # gradients, from fewer of which nothing is known of noise
+LEAST_SIGNAL = 0.03  # share of a momentum that counts as signal, whatever is measured
+LEAST_REST = 1e-4  # of a trace; what is less may be rounding
+
+
+def factor_levels(bases: Tensor, traces: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`. Everything is
+    in units of the trace of `F`, so that gradients of any size can be squared twice.
+
+    Args:
+        bases (`Tensor` of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms. What
+            the r vectors do not explain of the trace, which is 1, is spread evenly, as `ρ`.
+        traces (`Tensor` of shape `(n,)`): trace of `F`.
+        damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `1 / d`,
+            otherwise in those of `F`.
+
+    Returns:
+        `U` of shape `(n, d, r)`, and `ℓ` and `level = (ℓ + ε) / (ρ + ε) ≥ 1` of shape `(n, r)`.
+    """
+    dimension, rank = bases.shape[1:]
+    values = column_norms(bases)
+    rest = (1 - values.sum(1, keepdim=True)).clamp_min(0.0) / max(dimension - rank, 1)
+    shift = damping / dimension if relative else damping / traces.clamp_min(least(traces)).unsqueeze(1)
+    shift = shift + TINY
+    return unit_columns(bases, values), values, ((values + shift) / (rest + shift)).clamp_min(1.0)
+
+
+class Momenta(NamedTuple):
+    """
+    What is known of momenta that are preconditioned in the place of gradients; all of shape `(n,)`.
+
+    `corrections` bring them to the units of the factors of their gradients, and correct their start from zero, when
+    they are divided by them. `squares` are `‖M‖²`. `noises` come from [`noise_shares`], and `trusts`, in [0, 1], say
+    how far that what looks like noise may be left out.
+    """
+
+    corrections: Tensor
+    squares: Tensor
+    noises: Tensor
+    trusts: Tensor
+
+
+def factored(
+    grads: Tensor,
+    output: tuple[Tensor, Tensor, Tensor] | None,
+    input: tuple[Tensor, Tensor, Tensor] | None,
+    exponent: float,
+    momenta: Momenta | None = None,
+    part: Part = WHOLE,
+) -> Routine[Correction]:
+    """
+    `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out, but not both. Where `grads`
+    are `momenta`, the powers are those of [`momentum_powers`].
+    """
+    d_out, d_in = grads.shape[1:]
+    outer, *of_output = (part.rows.take(output[0]), *output[1:]) if output else _no_factor(grads, d_out)
+    inner, *of_input = (part.columns.take(input[0]), *input[1:]) if input else _no_factor(grads, d_in)
+    (image,) = yield from part.columns.sum(grads.bmm(inner))
+    products = image.square().sum(1), outer.mT.bmm(image), outer.mT.bmm(grads)
+    squares, cross, row = yield from part.rows.sum(*products)
+    (row_squares,) = yield from part.columns.sum(row.square().sum(2))
+    inner_f, outer_f = (
+        (levels.pow(-exponent) if momenta is None else momentum_powers(levels, exponent, energies, values, momenta))
+        - 1
+        for (values, levels), energies in ((of_input, squares), (of_output, row_squares))
+    )
+    row.baddbmm_(cross * inner_f.unsqueeze(1), inner.mT)
+    (row_image,) = yield from part.columns.sum(grads.bmm(row.mT))
+    columns = torch.cat([image * inner_f.unsqueeze(1), outer * outer_f.unsqueeze(1)], 2)
+    return Correction(columns, torch.cat([inner.mT, row], 1), torch.cat([image, row_image], 2))
+
+
+def _no_factor(grads: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = grads.new_zeros(len(grads), 0)
+    return grads.new_zeros(len(grads), size, 0), nothing, nothing
+
+
+def momentum_powers(levels: Tensor, exponent: float, squares: Tensor, values: Tensor, momenta: Momenta) -> Tensor:
+    """
+    `level^(−p)` on one side of momenta whose `‖Mᵀu‖²` along each direction are `squares`, like `values` ℓ and `levels`
+    of shape `(n, r)`; 1 is what the directions outside of the basis get.
+
+    p is `exponent` for a direction whose gradients are noise and goes down to half of it where they agree:
+    `p = exponent · (1 − ½ min(1, ‖M̂ᵀu‖ / sqrt(ℓ)))`. Where they agree, `ℓ` is the square of what is to be followed,
+    and both sides to the power ½ would turn it upside down.
+
+    In a fine-tuning, the directions outside of the basis are mostly noise, which such powers make the larger part of
+    an update. So these count only as far as they carry signal: the share of `‖M̂‖²` that is more than noise would
+    leave there, in units of what it is within the basis, and at most 1. Where steps are coarse beside the weights, or
+    little is known of noise, they count in full, as `trusts` say: early in a training from scratch, all signal is in
+    a few steep directions, along which steps must be short.
+    """
+    units = inverse(momenta.corrections.square())
+    scaled = squares * units.unsqueeze(1)
+    agreement = (scaled / values.clamp_min(TINY)).sqrt().clamp_max(1.0)
+    powers = levels.pow(-exponent * (1 - agreement / 2))
+    energy, explained = scaled.sum(1), values.sum(1)
+    rest = momenta.squares * units - energy
+    kept, others = (
+        (1 - momenta.noises * share / found.clamp_min(TINY)).clamp_min(0.0) + LEAST_SIGNAL
+        for share, found in ((explained, energy), (1 - explained, rest))
+    )
+    gains = (others / kept).clamp_max(1.0).pow(momenta.trusts).where(1 - explained > LEAST_REST, 1.0)
+    return (powers / gains.unsqueeze(1)).clamp_max(1.0)
+
+
+def noise_shares(starts: Tensor, momentum: float, nesterov: bool) -> Tensor:
+    """
+    `Σ w² / (Σ w)²` of the weights w that gradients have in a momentum, whose sum is `starts`: of `‖M̂‖²` in units of
+    `E‖G‖²`, what is left where gradients are noise.
+    """
+    squares = (1 - momentum) / (1 + momentum) * starts * (2 - starts)
+    if nesterov:  # as in the next momentum, where the newest gradient counts twice
+        squares = squares + 2 * momentum * (1 - momentum) ** 2
+    return squares / starts.square().clamp_min(TINY)
+
+
+def trusts(sizes: Tensor, largest: Tensor, noises: Tensor) -> Tensor:
+    """
+    `Momenta.trusts`: 0 where an update of size `c` would be as large as [`largest_sizes`] lets it, growing to 1 where
+    it is [`SMALL_CHANGE`] times smaller; times `1 − FEWEST / N`, of a mean of `N = 1 / noises` gradients.
+
+    The second factor is more than caution: the first gradients agree, as all of a network that is far from where it
+    has to go, and if steps were turned to them alone, these would be too long along its steepest directions.
+    """
+    room = (largest / sizes.clamp_min(TINY)).log() / math.log(SMALL_CHANGE)
+    return room.clamp(0.0, 1.0) * (1 - FEWEST * noises).clamp_min(0.0)
+
+
+def row_shares(squares: Tensor) -> Tensor:
+    """Squared norms of rows in units of their mean."""
+    return squares / squares.mean(1, keepdim=True).clamp_min(TINY)
+
+
+def largest_sizes(weight_norms: Tensor, numel: int, lr: float) -> Tensor:
+    """
+    Sizes of updates that change weights by [`LARGEST_CHANGE`] of their root mean square.
+
+    A bound of trust: in a new network, whose weights are small, all gradients of the first steps agree, and steps of
+    AdamW's full size throw away what its first weights were made for.
+    """
+    return weight_norms * (LARGEST_CHANGE / (math.sqrt(numel) * max(lr, TINY)))
+
+
+def row_scales(
+    squares: Tensor,
+    products: Tensor,
+    shares: Tensor,
+    norms: Tensor,
+    numel: int,
+    sizes: Tensor,
+    largest: Tensor,
+) -> Tensor:
+    """
+    What to multiply the rows of each update `P` with: no row dominates, and the step has the size of one of AdamW's.
+
+    Rows are divided by the root of their running share, as in NorMuon (Li et al., arXiv 2510.05491). An update of
+    AdamW has entries of the size `c = ‖M̂‖ / sqrt(E‖G‖²)`: 1 where gradients agree, about 0.2 where they are noise. So
+    has this one, where they are noise. Where they agree (`c ≥ ½`) it is longer, so that it goes as far along the
+    momentum as AdamW's size allows, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`, up to twice as long; in between the cosine of update
+    and momentum counts to the power `2c`. No `c` is above 1, nor above `largest` where noise is not.
+
+    Args:
+        squares, products (`Tensor` of shape `(n, d_out)`): `‖P‖²` and `⟨P, M⟩` of every row, where `M` is the momentum
+            that was turned into `P`.
+        shares (`Tensor` of shape `(n, d_out)`): running averages of `squares`, divided by their mean.
+        norms (`Tensor` of shape `(n,)`): `‖M‖`.
+        numel (`int`): number of entries of one `M`.
+        sizes (`Tensor` of shape `(n,)`): `c`, from `M̂`, which is `M` corrected for its start from zero, as in Adam.
+        largest (`Tensor` of shape `(n,)`): bounds on `c`, from [`largest_sizes`].
+
+    Returns:
+        `Tensor` of shape `(n, d_out)`.
+    """
+    levels = shares.clamp_min(TINY).rsqrt()
+    lengths = norm(squares.sqrt() * levels, dim=1).clamp_min(TINY)
+    cosines = (dot(products, levels) / (lengths * norms.clamp_min(TINY))).clamp(LEAST_COSINE, 1.0)
+    sizes = sizes.minimum(largest.clamp(NOISE_SIZE, 1.0))
+    reaches = cosines.pow((2 * sizes).clamp_max(1.0))
+    return levels * (sizes * math.sqrt(numel) / (reaches * lengths)).unsqueeze(1)
