@@ -19,6 +19,7 @@ from bench_rules import OPTIMIZERS
 from compare_timing import peak, start_of_peak, state_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -27,12 +28,14 @@ from hf_eva import EvaConfig, create_eva_optimizer
 LR, WEIGHT_DECAY, MAX_NORM = 1e-6, 0.01, 1.0  # the weights stay where they are: only the work counts
 SMALL = 2, 8  # sentences and tokens of the batch that makes the gradients where only the step is timed
 COPIED = 2**28  # bytes of the tensor that bandwidth is measured with, far beyond any cache
+MULTIPLIED = 4, 768, 768, 16  # products that fit into a cache, of the shape of the recipe's
 
 # Counts --------------------------------------------------------------------------------------------------------------
 
 FREE = {"_local_scalar_dense", "_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty"}
 HOST_READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero"}
 OVERWRITING = {"copy_", "fill_", "zero_"}
+PRODUCTS_OF_MATRICES = ("mm", "bmm", "addmm", "baddbmm")
 
 
 @dataclass
@@ -43,11 +46,13 @@ class Counts:
         host_reads (`float`): Times that the host waits for a value of the device; on a CPU also the values that live
             on the host anyway, as AdamW's counts of steps do.
         bytes (`float`): What all operations read and write if none finds in a cache what another left there.
+        flops (`float`): Multiplications and additions in products of matrices.
     """
 
     calls: float = 0
     host_reads: float = 0
     bytes: float = 0
+    flops: float = 0
 
 
 class _Counting(TorchDispatchMode):
@@ -62,6 +67,9 @@ class _Counting(TorchDispatchMode):
         if not func.is_view and name not in FREE:
             self.counts.calls += 1
             self.counts.bytes += _moved(func._schema, name, args, kwargs or {}, result)
+        if name.removesuffix("_") in PRODUCTS_OF_MATRICES:
+            rule = flop_registry[getattr(torch.ops.aten, name.removesuffix("_"))]
+            self.counts.flops += rule(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -138,6 +146,13 @@ def bandwidth(device: str, repeats: int = 5) -> float:
     target = torch.empty_like(source).copy_(source)
     works = [lambda: target.copy_(source), lambda: target.mul_(1.0)] * repeats
     return 2 * COPIED / min(seconds(device, work) for work in works)
+
+
+def product_rate(device: str, repeats: int = 20) -> float:
+    """Multiplications and additions per second, in the fastest of some products of a low-rank basis and a gradient."""
+    n, rows, columns, rank = MULTIPLIED
+    grads, basis = torch.ones(n, rows, columns, device=device), torch.ones(n, columns, rank, device=device)
+    return 2 * math.prod(MULTIPLIED) / min(seconds(device, lambda: grads.bmm(basis)) for _ in range(repeats))
 
 
 @dataclass

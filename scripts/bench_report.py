@@ -31,9 +31,10 @@ NOTES = """
 Each time is the median over the rounds, each ratio the median of the ratios to the baseline in the same round, with
 its quartiles. Counted: bytes that all operations of a step read and write if no cache helps, and GB/s is what that
 makes of the time, also as a share of the bandwidth, which a cache can exceed. Least: bytes that the rule cannot do
-without, by the formulas of `scripts/bench_rules.py`, and the time that they take at that bandwidth. Calls: kernels on
-a GPU, operations on memory on a CPU. Host reads: on a CPU they include AdamW's own counts of steps, which live on the
-host. What repeats after some steps is spread over them.
+without, by the formulas of `scripts/bench_rules.py`, and the time that they take at that bandwidth. Products: what
+products of matrices multiply and add, and the time of that at the speed above; it adds to the least time, unless
+memory is read meanwhile. Calls: kernels on a GPU, operations on memory on a CPU. Host reads: on a CPU they include
+AdamW's own counts of steps, which live on the host. What repeats after some steps is spread over them.
 
 Capture: forward and backward with the hooks of a variant, and the share that these add. Variant eva_s, the recipe, has
 none. Memory: the most that parameters, gradients, the optimizer and its step took together, in a process of its own.
@@ -60,7 +61,8 @@ def report(rows: list[dict[str, Any]], place: dict[str, str]) -> str:
             )
         elif "bandwidth" in first:
             parts.append(
-                f"Copied or scaled, a large tensor is read and written at {first['bandwidth'] / 1e9:.1f} GB/s.\n"
+                f"Copied or scaled, a large tensor is read and written at {first['bandwidth'] / 1e9:.1f} GB/s; "
+                f"gradients in the cache are multiplied with a basis at {first['product_rate'] / 1e9:.0f} GFLOP/s.\n"
             )
         parts.append(table([cells(row, found) for row in found]))
     judged = list(targets(rows, "CPU" not in place["device"]))
@@ -112,6 +114,8 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
             "of bandwidth": f"{rate / row['bandwidth']:.0%}",
             "least": number(row["least_bytes"] / 1e9, 3, " GB"),
             "least ms": number(row["least_bytes"] / row["bandwidth"] * 1000),
+            "products": number(row["flops"] / 1e9, 3, " GFLOP"),
+            "products ms": number(row["flops"] / row["product_rate"] * 1000),
             "calls": f"{row['calls']:.0f}",
             "host reads": f"{row['host_reads']:.0f}",
             "state": number(row["state_bytes"] / 2**20, 4, " MiB"),

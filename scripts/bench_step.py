@@ -36,6 +36,7 @@ from bench_measure import (
     make_side,
     make_sides,
     measure_memory,
+    product_rate,
     time_capture,
     time_steps,
     time_training,
@@ -102,9 +103,9 @@ def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Na
     parameters, adamw_bytes = count(model), plan(model).adamw_bytes
     for number, group in enumerate(groups):
         sides = make_sides(group, model, args.steps)
-        before = bandwidth(args.device)
+        before, products = bandwidth(args.device), product_rate(args.device)
         time_steps(sides, args.rounds, args.steps, args.patience)
-        highest = max(before, bandwidth(args.device))
+        highest, products = max(before, bandwidth(args.device)), max(products, product_rate(args.device))
         for side in sides[number > 0 :]:  # the first of a later group was there before
             row = timed(side, sides[0])
             kept = state_bytes(side.optimizer, side.model)
@@ -114,6 +115,8 @@ def step_rows(model: PreTrainedModel, groups: list[list[str]], args: argparse.Na
                 "counted_bytes": side.counts.bytes,
                 "least_bytes": least_bytes(OPTIMIZERS[side.name].peer, side.model, OPTIMIZERS[side.name].options),
                 "bandwidth": highest,
+                "flops": side.counts.flops,
+                "product_rate": products,
                 "calls": side.counts.calls,
                 "host_reads": side.counts.host_reads,
                 "state_bytes": kept,

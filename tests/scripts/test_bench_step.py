@@ -89,6 +89,15 @@ def test_counts_are_those_of_the_operations():
         with bench_measure.counting("cpu") as counts:
             work()
         assert (counts.bytes, counts.calls, counts.host_reads) == (passes * size, calls, reads)
+    square = torch.ones(16, 16)
+    for work in (
+        lambda: one @ square,
+        lambda: one.addmm_(one, square),
+        lambda: torch.baddbmm(one, one[None], square[None]),
+    ):
+        with bench_measure.counting("cpu") as counts:
+            work()
+        assert counts.flops == 2 * 8 * 16 * 16
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
