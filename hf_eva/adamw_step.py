@@ -64,12 +64,12 @@ def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Se
     starts = -torch.expm1(steps * math.log(max(config.momentum, _LEAST_MOMENTUM)))
     corrections, noises = starts * seen.squares.sqrt(), factors.noise_shares(starts, config.momentum, config.nesterov)
     norms, numel = totals.sqrt(), stack.layers[0].weight.numel()
-    sizes = norms * formula.inverse(corrections)
+    units = formula.inverse(corrections)
+    sizes = norms * units
     largest = factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
     trusts = factors.trusts(sizes, largest, noises)
-    correction = yield from correction_of(
-        config, stack, matrices, None, seen, factors.Momenta(corrections, totals, noises, trusts)
-    )
+    known = factors.Momenta(units, sizes, noises, trusts)
+    correction = yield from correction_of(config, stack, matrices, None, seen, known)
     (grams,) = yield from of_columns.sum(correction.grams())
     squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
     correction.apply_(matrices)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formula import TINY, Correction, dot, inverse, least, norm
+from .formula import TINY, Correction, dot, least, norm
 from .shards import WHOLE, Part, Routine
 from .subspaces import column_norms, unit_columns
 
@@ -52,13 +52,13 @@ class Momenta(NamedTuple):
     """
     What is known of momenta that are preconditioned in the place of gradients; all of shape `(n,)`.
 
-    `corrections` bring them to the units of the factors of their gradients, and correct their start from zero, when
-    they are divided by them. `squares` are `‖M‖²`. `noises` come from [`noise_shares`], and `trusts`, in [0, 1], say
-    how far that what looks like noise may be left out.
+    Times `units` they have the units of their gradients' factors, and are corrected for their start from zero. Then
+    `sizes`, the `c` of [`row_scales`], are their norms. `noises` come from [`noise_shares`], and `trusts`, in [0, 1],
+    say how far that what looks like noise may be left out.
     """
 
-    corrections: Tensor
-    squares: Tensor
+    units: Tensor
+    sizes: Tensor
     noises: Tensor
     trusts: Tensor
 
@@ -113,17 +113,14 @@ def momentum_powers(levels: Tensor, exponent: float, squares: Tensor, values: Te
     little is known of noise, they count in full, as `trusts` say: early in a training from scratch, all signal is in
     a few steep directions, along which steps must be short.
     """
-    units = inverse(momenta.corrections.square())
-    scaled = squares * units.unsqueeze(1)
-    agreement = (scaled / values.clamp_min(TINY)).sqrt().clamp_max(1.0)
+    lengths = squares.sqrt() * momenta.units.unsqueeze(1)
+    agreement = (lengths / values.clamp_min(TINY).sqrt()).clamp_max(1.0)
     powers = levels.pow(-exponent * (1 - agreement / 2))
-    energy, explained = scaled.sum(1), values.sum(1)
-    rest = momenta.squares * units - energy
-    kept, others = (
-        (1 - momenta.noises * share / found.clamp_min(TINY)).clamp_min(0.0) + LEAST_SIGNAL
-        for share, found in ((explained, energy), (1 - explained, rest))
-    )
-    gains = (others / kept).clamp_max(1.0).pow(momenta.trusts).where(1 - explained > LEAST_REST, 1.0)
+    energy, explained = lengths.square().sum(1), values.sum(1)
+    rest = 1 - explained
+    expected, found = torch.stack([explained, rest]), torch.stack([energy, momenta.sizes.square() - energy])
+    within, outside = (1 - momenta.noises * expected / found.clamp_min(TINY)).clamp_min(0.0) + LEAST_SIGNAL
+    gains = (outside / within).clamp_max(1.0).pow(momenta.trusts).where(rest > LEAST_REST, 1.0)
     return (powers / gains.unsqueeze(1)).clamp_max(1.0)
 
 

@@ -152,7 +152,7 @@ def test_two_sides_multiply(d_out, d_in, seed, used, agree):
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
     wanted = [stacked(*values) if used in (side, "both") else None for side, values in sides.items()]
-    momenta = factors.Momenta(0.5 * ones, G.square().sum() * ones, 0 * ones, 0 * ones)
+    momenta = factors.Momenta(2 * ones, 2 * G.norm() * ones, 0 * ones, 0 * ones)
     correction = result(factors.factored(G.unsqueeze(0), *wanted, 0.5, momenta if agree else None))
 
     def power(side, projection):
@@ -276,7 +276,8 @@ def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, column
     U, one = torch.linalg.qr(guess)[0], torch.ones(1, dtype=M.dtype)
     values, trace, correction = torch.tensor([0.2, 0.5], dtype=M.dtype), 2.0, 1.7
     factor = factors.factor_levels((U * values).unsqueeze(0), trace * one, 0.03, True)
-    momenta = factors.Momenta(correction * trace**0.5 * one, M.square().sum() * one, noise * one, trust * one)
+    unit = one / (correction * trace**0.5)
+    momenta = factors.Momenta(unit, M.norm() * unit, noise * one, trust * one)
     squares = (U.T @ M).square().sum(1).unsqueeze(0)
     powers = factors.momentum_powers(factor[2], 0.5, squares, factor[1], momenta)[0]
     corrected = M / correction
@@ -292,7 +293,7 @@ def test_a_basis_that_explains_all_has_no_directions_outside():
     """What is left there is rounding, from which nothing can be told."""
     ones = torch.ones(1)
     for unexplained in (0.0, 1e-6):
-        momenta = factors.Momenta(ones, (1 + unexplained) * ones, 0.1 * ones, ones)
+        momenta = factors.Momenta(ones, (1 + unexplained) ** 0.5 * ones, 0.1 * ones, ones)
         powers = factors.momentum_powers(
             4 * torch.ones(1, 1), 0.5, ones.view(1, 1), (1 - unexplained) * torch.ones(1, 1), momenta
         )
