@@ -109,7 +109,8 @@ def momentum_powers(levels: Tensor, exponent: float, squares: Tensor, values: Te
 
     In a fine-tuning, the directions outside of the basis are mostly noise, which such powers make the larger part of
     an update. So these count only as far as they carry signal: the share of `‖M̂‖²` that is more than noise would
-    leave there, in units of what it is within the basis, and at most 1. Where steps are coarse beside the weights, or
+    leave there, in units of what it is within the basis, and at most 1. Each side takes its root, as most of the
+    update lies outside of both. Where steps are coarse beside the weights, or
     little is known of noise, they count in full, as `trusts` say: early in a training from scratch, all signal is in
     a few steep directions, along which steps must be short.
     """
@@ -120,7 +121,7 @@ def momentum_powers(levels: Tensor, exponent: float, squares: Tensor, values: Te
     rest = 1 - explained
     expected, found = torch.stack([explained, rest]), torch.stack([energy, momenta.sizes.square() - energy])
     within, outside = (1 - momenta.noises * expected / found.clamp_min(TINY)).clamp_min(0.0) + LEAST_SIGNAL
-    gains = (outside / within).clamp_max(1.0).pow(momenta.trusts).where(rest > LEAST_REST, 1.0)
+    gains = (outside / within).clamp_max(1.0).pow(momenta.trusts / 2).where(rest > LEAST_REST, 1.0)
     return (powers / gains.unsqueeze(1)).clamp_max(1.0)
 
 

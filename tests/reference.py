@@ -349,7 +349,7 @@ class Reference:
                 kept, others = (U.T @ projected).square().sum(), (projected - U @ (U.T @ projected)).square().sum()
                 if trace - values.sum() > 1e-4 * trace:
                     ratio = signal(others, trace - values.sum(), noise) / signal(kept, values.sum(), noise)
-                    rest = ratio.clamp(max=1) ** trust(corrected.norm() / square.sqrt(), largest, noise)
+                    rest = ratio.clamp(max=1).sqrt() ** trust(corrected.norm() / square.sqrt(), largest, noise)
             powers.append(inverse_powers(U, values, trace, damping, exponents, rest))
         A, B = powers
         P = N if A is None else N @ A

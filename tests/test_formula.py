@@ -283,7 +283,7 @@ def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, column
     corrected = M / correction
     kept, others = (U.T @ corrected).square().sum(), (corrected - U @ (U.T @ corrected)).square().sum()
     signals = [reference.signal(x, share * trace, noise) for x, share in ((kept, values.sum()), (others, 0.3))]
-    rest = (signals[1] / signals[0]).clamp(max=1) ** trust
+    rest = (signals[1] / signals[0]).clamp(max=1) ** (trust / 2)
     exponents = 0.5 * (1 - reference.agreement(U.T @ corrected, values * trace) / 2)
     expected = reference.inverse_powers(U, values * trace, torch.tensor(trace), 0.03 * trace / d, exponents, rest)
     assert_near([torch.eye(d, dtype=M.dtype) + U @ torch.diag(powers - 1) @ U.T], [expected / rest], 1e-9)
