@@ -109,10 +109,10 @@ def momentum_powers(levels: Tensor, exponent: float, squares: Tensor, values: Te
 
     In a fine-tuning, the directions outside of the basis are mostly noise, which such powers make the larger part of
     an update. So these count only as far as they carry signal: the share of `‖M̂‖²` that is more than noise would
-    leave there, in units of what it is within the basis, and at most 1. Each side takes its root, as most of the
-    update lies outside of both. Where steps are coarse beside the weights, or
-    little is known of noise, they count in full, as `trusts` say: early in a training from scratch, all signal is in
-    a few steep directions, along which steps must be short.
+    leave there, in units of what it is within the basis, and at most 1. Of that each side takes the root, because most
+    of an update lies outside of both bases. Where steps are coarse beside the weights, or little is known of noise,
+    they count in full, as `trusts` say: early in a training from scratch, all signal is in a few steep directions,
+    along which steps must be short.
     """
     lengths = squares.sqrt() * momenta.units.unsqueeze(1)
     agreement = (lengths / values.clamp_min(TINY).sqrt()).clamp_max(1.0)
