@@ -31,7 +31,7 @@ def main() -> int:
     del sys.argv[0]
     if not sys.flags.safe_path:  # python -m has put the current folder there
         sys.path[0] = os.path.dirname(os.path.realpath(script))
-    run(os.path.abspath(script))
+    run(os.path.join(os.getcwd(), script))  # which Python leaves as it was written
     leave_process_group()
     return 0
 

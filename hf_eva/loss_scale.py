@@ -99,8 +99,8 @@ def warn_of_loss_scale(model: nn.Module, micro_batches: int, processes: int) -> 
     if factor > 1 and _takes_any_argument(model) and ignores_item_count(model):
         logger.warning(
             "%s takes the mean loss of each batch by itself, but Trainer expects it to divide by the number of labels "
-            "in all %d batches of a step: its gradients are %d times too large, which gradient clipping and absolute "
-            "damping notice. hf_eva.EvaTrainer corrects it, for any optimizer.",
+            "in all %d batches of a step: its gradients and the losses that it logs are %d times too large, which "
+            "gradient clipping and absolute damping notice. hf_eva.EvaTrainer corrects it, for any optimizer.",
             type(model).__name__,
             factor,
             factor,

@@ -82,12 +82,13 @@ if __name__ == "__main__":
 """
 
 
-def test_a_script_finds_what_it_finds_under_python(tmp_path):
+@pytest.mark.parametrize("script", ["link.py", "scripts/../scripts/script.py"])
+def test_a_script_finds_what_it_finds_under_python(script, tmp_path):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "neighbour.py").write_text("ANSWER = 42")
     (tmp_path / "scripts" / "script.py").write_text(SURROUNDINGS)
     (tmp_path / "link.py").symlink_to(tmp_path / "scripts" / "script.py")
-    alone, done = (run(*prefix, "link.py", "--flag", cwd=tmp_path) for prefix in ((), ("-m", "hf_eva")))
+    alone, done = (run(*prefix, script, "--flag", cwd=tmp_path) for prefix in ((), ("-m", "hf_eva")))
     assert (done.returncode, done.stdout, done.stderr) == (alone.returncode, alone.stdout, alone.stderr)
     assert done.stdout.endswith("[84]\n") and done.stderr.count("File") == 1, done.stderr
 

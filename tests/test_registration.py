@@ -57,7 +57,7 @@ def test_it_says_once_that_the_stock_trainer_scales_the_loss_of_a_bert(tmp_path,
         args = stock_arguments(tmp_path, optim="eva", gradient_accumulation_steps=accumulated, max_steps=2)
         with caplog.at_level(logging.WARNING, logger="hf_eva"):
             Trainer(model(), args, train_dataset=data()).train()
-    assert len(caplog.records) == 1 and "4 times too large" in caplog.text
+    assert len(caplog.records) == 1 and "gradients and the losses that it logs are 4 times too large" in caplog.text
 
 
 @pytest.mark.parametrize(
