@@ -3,7 +3,7 @@
 import difflib
 import json
 import os
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import fields
 from itertools import chain
 from typing import Any
@@ -22,11 +22,26 @@ LEAST = {
 }
 
 
+# What may be a word or a list of words, of which HfArgumentParser takes the word alone.
+ONE_OR_MORE = ("--report_to", "--optim_target_modules")
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the default of every argument, and leaves the lines of the description alone."""
 
 
+class OneOrMore(Action):
+    """Keeps one word as it is, and several as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: list[str], option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class ArgumentParser(HfArgumentParser):
+    def add_argument(self, *names: str, **options: Any) -> Action:
+        several = {"nargs": "+", "action": OneOrMore} if names[0] in ONE_OR_MORE else {}
+        return super().add_argument(*names, **options, **several)
+
     def error(self, message: str):
         raise ValueError(message)  # argparse would print 200 lines of usage first
 

@@ -185,6 +185,20 @@ def test_the_command_line_overrides_a_recipe(tmp_path):
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+@pytest.mark.parametrize("name", ["report_to", "optim_target_modules"])
+def test_one_word_stays_a_word_and_several_are_a_list(name, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for written, found in (
+        ("tensorboard", "tensorboard"),
+        ("[tensorboard, codecarbon]", ["tensorboard", "codecarbon"]),
+    ):
+        recipe.write_text(f"task: causal-lm\n{name}: {written}\n")
+        for argv in ([str(recipe)], [f"--{name}", *written.strip("[]").split(", "), "--task", "causal-lm"]):
+            _, _, args = parse_arguments(KINDS, [*argv, "--output_dir", str(tmp_path)], "")
+            wanted = [found] if name == "report_to" and isinstance(found, str) else found  # by TrainingArguments
+            assert getattr(args, name) == wanted
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 # A task, what is added to the arguments of its tiny run, and what the sentence has to say.
