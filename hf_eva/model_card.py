@@ -111,7 +111,7 @@ def _draw(run: Run, baseline: Run | None) -> dict[str, str]:
     if baseline is not None:
         target = baseline.series("eval_loss")[1][-1]
         named = [Run(Path(one.name).name, one.history, facts=one.facts) for one in (run, baseline)]
-        plot_runs(named, path, target=target)
+        plot_runs(named, path, target=target, layers=False)
     return {name: _CAPTIONS[Path(name).stem.removeprefix(path.stem)] for name in written}
 
 

@@ -26,11 +26,16 @@ _NEUTRAL = "#808080"
 _LOSS = "loss (cross-entropy, nats)"
 _STEPS = "training (optimizer steps)"
 _MAP = "cividis"  # rises evenly in lightness, and reads alike with every kind of colour vision
+_LEAST_SHARE = 1e-6  # what is below is rounding, and would press all other lines together
 _MOST_NAMES = 30  # rows of a heat map that can each carry a legible name
 
 
 def plot_runs(
-    runs: Sequence[Run], output: str | Path, theme: Theme = "light", target: float | None = None
+    runs: Sequence[Run],
+    output: str | Path,
+    theme: Theme = "light",
+    target: float | None = None,
+    layers: bool = True,
 ) -> list[Path]:
     """
     Draw one run, or several side by side, and return the files written: `output` with the losses and, for every run
@@ -41,6 +46,7 @@ def plot_runs(
         output (`str` or `Path`): file to write; its ending, such as `.png` or `.svg`, sets the format.
         theme (`str`, defaults to `"light"`): `"light"` or `"dark"`. The ground is opaque in both.
         target (`float`, *optional*): a loss to mark with a line.
+        layers (`bool`, defaults to `True`): draw what was done in each layer, too, and not the losses alone.
 
     Raises:
         ValueError: the ending names no format of a picture.
@@ -52,7 +58,7 @@ def plot_runs(
         raise ValueError(f"cannot write {output}: its ending must be one of {', '.join(sorted(formats))}")
     with matplotlib.rc_context(_style(theme)):
         written = [_save(_losses(runs, COLOURS if theme == "light" else _DARK_COLOURS, target), output)]
-        for number, run in enumerate(runs, start=1):
+        for number, run in enumerate(runs if layers else (), start=1):
             title, suffix = (run.name, f"-{number}") if len(runs) > 1 else ("", "")
             if strengths := run.strengths():
                 figure = _heat_map(strengths, title)
@@ -187,7 +193,7 @@ def _spectra(spectra: Sequence[Spectrum], title: str, theme: Theme) -> Figure:
         panel.add_collection(lines)
         panel.set_yscale("log")
         # An estimate beyond the whole is an error of the optimizer's, and has to be seen.
-        panel.set_ylim(min(present) / 1.5, 1.0 if max(present) < 1.01 else 1.5 * max(present))
+        panel.set_ylim(max(_LEAST_SHARE, min(present) / 1.5), 1.0 if max(present) < 1.01 else 1.5 * max(present))
         panel.set_xlim(1, max(2, longest))
         panel.set_xticks(sorted({1, *range(max(1, longest // 4), longest + 1, max(1, longest // 4))}))
         panel.set_xlabel(f"direction of the {side}, by size")

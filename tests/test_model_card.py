@@ -140,6 +140,7 @@ def test_the_card_compares_with_a_baseline(tmp_path):
     text = card(folder, baseline_run=str(baseline)).text
     assert "steps to 10.0000, the last evaluation loss of adamw (adamw_torch), which took 5.0 s, 10 steps: 0." in text
     assert "| hardware of adamw | a large GPU: the times compare two machines |" in text
+    assert {path.name for path in folder.glob("*.png")} == set(re.findall(r"!\[.*\]\((.*)\)", text))
     assert facts_of(folder)["target"]["steps"] == 3
     write_training_section(Run.read(write_state(folder)), saved_facts(folder))
     assert "the last evaluation loss of adamw" in (folder / "README.md").read_text()

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from histories import write_run
 
-from hf_eva.runs import Run
+from hf_eva.runs import Run, Spectrum
 
 pytest.importorskip("matplotlib")
 
 import matplotlib.image
 from matplotlib.colors import to_rgb
 
-from hf_eva.plots import _DARK_COLOURS, COLOURS, plot_runs
+from hf_eva.plots import _DARK_COLOURS, COLOURS, _spectra, plot_runs
 
 
 def svg(*runs: Run, folder: Path, **options: object) -> str:
@@ -85,6 +85,12 @@ def test_a_deep_model_names_some_of_its_layers(tmp_path):
     _, strength = plot_runs([Run("deep", history)], tmp_path / "deep.svg")
     drawn = strength.read_text()
     assert "one in 4 named" in drawn and "<!-- 96.w -->" in drawn and "<!-- 97.w -->" not in drawn
+
+
+def test_rounding_does_not_press_the_lines_of_spectra_together():
+    spectra = [Spectrum("classifier", side, (0.9, 0.1, 1e-12)) for side in ("inputs", "outputs")]
+    low, high = _spectra(spectra, "", "light").axes[0].get_ylim()
+    assert 1e-7 < low < 0.1 and high == 1
 
 
 def test_the_same_run_gives_the_same_file(tmp_path):
