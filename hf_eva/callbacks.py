@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from .diagnostics import CURVATURE, STRENGTH
+from .facts import run_facts, save_facts
 from .optimizer import Eva
 
 
@@ -83,8 +85,9 @@ class EvaCallback(TrainerCallback, ExportableState):
     alone, evaluations and the whole training, with any optimizer; the times survive a resumption. Nothing waits for a
     device or is computed before somebody asks: with `interval`, as [`EvaTrainer`] does when it logs.
 
-    In a stock Trainer that trains with Eva it logs the same, less the values of single layers; [`register`] puts it
-    there. In a loop of Accelerate's, or in a plain one, the optimizer is given:
+    In a stock Trainer that trains with Eva it logs the same, less the values of single layers, and leaves the facts of
+    the run in its folder, for `hf-eva card`; [`register`] puts it there. In a loop of Accelerate's, or in a plain one,
+    the optimizer is given:
 
     ```python
     watch = EvaCallback(optimizer)
@@ -211,12 +214,13 @@ class EvaCallback(TrainerCallback, ExportableState):
         # In an `EvaTrainer` it is all there, and what follows adds nothing.
         if not logs or not isinstance(self._optimizer(), Eva):
             return
-        added = self.interval(layers=False) if "loss" in logs else {}
-        if "train_runtime" in logs and "train_steps_seconds" not in logs:
-            added = self.summary()
+        is_end = "train_runtime" in logs and "train_steps_seconds" not in logs
+        added = self.summary() if is_end else self.interval(layers=False) if "loss" in logs else {}
         # The callbacks that come after this one see `logs`, the history has a copy.
         logs.update(added)
         state.log_history[-1].update(added)
+        if is_end and state.is_world_process_zero:  # for `hf-eva card`
+            save_facts(run_facts(self, args, state, self._optimizer()), Path(args.output_dir))
 
     def on_evaluate(self, *args: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if self._train_started:

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 import torch
 import yaml
 from accelerate.commands.config import default_config_file
+from accelerate.state import AcceleratorState
 
 from . import __version__
 from .hardware import cpu_name
@@ -24,25 +26,28 @@ from .runs import FACTS_FILE, Run, read_facts, read_state
 _SECRETS = {"token", "password", "secret", "key"}
 
 
-def run_facts(trainer: Any) -> dict[str, Any]:
-    """What is known of the training that `trainer` has done; times in seconds, memory in GiB, energy in kWh."""
-    log: dict[str, float] = next((log for log in reversed(trainer.state.log_history) if "train_runtime" in log), {})
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+def run_facts(watch: Any, args: Any, state: Any, optimizer: Any, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
+    """
+    What is known of the training that the [`EvaCallback`] `watch` has timed, with the arguments, the state, the
+    optimizer and the callbacks of its Trainer; times in seconds, memory in GiB, energy in kWh.
+    """
+    log: dict[str, float] = next((log for log in reversed(state.log_history) if "train_runtime" in log), {})
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     is_eva = isinstance(optimizer, Eva)
     launcher = _launcher()
     return {
-        **trainer.eva_callback.summary(),
-        "steps": trainer.eva_callback.times.steps,
+        **watch.summary(),
+        "steps": watch.times.steps,
         "samples_per_second": log.get("train_samples_per_second"),
-        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
         "eva": is_eva,
         "changes": optimizer.config.changes() if is_eva else {},
         "plan": optimizer.plan.summary() if is_eva else None,
         "layers": _layer_names(optimizer) if is_eva else {},
-        "hardware": _hardware(trainer.args),
-        "energy": _energy(trainer),
+        "hardware": _hardware(args),
+        "energy": _energy(callbacks),
         "command": _command(launcher),
-        "accelerate": _accelerate_state(trainer.accelerator),
+        "accelerate": _accelerate_state(),
         "accelerate_config": _accelerate_config(launcher),
         "versions": {
             "hf_eva": __version__,
@@ -55,7 +60,7 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 def saved_facts(folder: Path) -> dict[str, Any]:
     """
     What can be known of a run from its folder: all of [`run_facts`] where [`EvaTrainer`] trained it and saved its
-    state, the times that its history tells where another trainer did.
+    state, or a stock Trainer with Eva, the times that its history tells where another trainer did.
 
     Raises:
         ValueError: the folder holds no run, or one that never finished a step.
@@ -113,9 +118,9 @@ def _layer_names(optimizer: Eva) -> dict[str, str]:
     return {str(index): names[id(p)] for index, p in enumerate(parameters) if id(p) in names}
 
 
-def _energy(trainer: Any) -> dict[str, Any] | None:
+def _energy(callbacks: Iterable[Any]) -> dict[str, Any] | None:
     """What CodeCarbon measured, where `--report_to codecarbon` had it run."""
-    for callback in trainer.callback_handler.callbacks:
+    for callback in callbacks:
         data = getattr(getattr(callback, "tracker", None), "final_emissions_data", None)
         if data is not None:
             return {
@@ -169,8 +174,8 @@ def _command(launcher: tuple[list[str], Path] | None) -> str | None:
     return shlex.join(arguments)
 
 
-def _accelerate_state(accelerator: Any) -> dict[str, Any]:
-    state = accelerator.state
+def _accelerate_state() -> dict[str, Any]:
+    state = AcceleratorState()
     return {
         "distributed_type": str(getattr(state.distributed_type, "value", state.distributed_type)),
         "num_processes": state.num_processes,

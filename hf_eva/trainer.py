@@ -246,7 +246,7 @@ class EvaTrainerMixin(_AnyTrainer):
     def save_state(self) -> None:
         super().save_state()
         if self.is_world_process_zero() and self.eva_callback.times.steps:
-            save_facts(run_facts(self), Path(self.args.output_dir))
+            save_facts(self._facts(), Path(self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         described = kwargs if args else {**self.card_defaults, **kwargs}
@@ -254,11 +254,15 @@ class EvaTrainerMixin(_AnyTrainer):
         if self.is_world_process_zero():
             folder, is_trained = Path(self.args.output_dir), self.eva_callback.times.steps > 0
             # A trainer that has not trained describes the training that its folder tells of, if any.
-            facts = run_facts(self) if is_trained else read_facts(folder)
+            facts = self._facts() if is_trained else read_facts(folder)
             if facts:
                 run = run_of(self, facts) if is_trained else Run.read(folder)
                 write_training_section(run, facts, self._baseline(), described)
                 save_facts(facts, folder)
+
+    def _facts(self) -> dict[str, Any]:
+        callbacks = self.callback_handler.callbacks
+        return run_facts(self.eva_callback, self.args, self.state, self.optimizer, callbacks)
 
     def _baseline(self) -> Run | None:
         folder = getattr(self.args, "baseline_run", None)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from histories import write_run
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, BertConfig
+from tiny_training import data, model, stock_arguments
+from transformers import AutoConfig, BertConfig, Trainer
 
-from hf_eva import plan, unregister
+from hf_eva import plan, register, unregister
 from hf_eva.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +171,23 @@ def test_card_writes_the_section_once_with_baseline_and_results(tmp_path, said):
     card = ModelCard.load(run / "README.md")
     assert card.text.count("### Training time") == card.text.count("### Framework versions") == 1
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {"loss": 0.4, "f1": 0.9}
+
+
+def test_card_knows_what_a_stock_trainer_did_with_eva(tmp_path, said):
+    register()
+    try:
+        args = stock_arguments(tmp_path, optim="eva", optim_args="rank=2", logging_steps=3)
+        trainer = Trainer(model(), args, train_dataset=data())
+        trainer.train()
+        trainer.save_state()
+        trainer.create_model_card()
+    finally:
+        unregister()
+    assert said("card", tmp_path)[0] == 0
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "eva" in card.data.tags and "- optimizer: eva, see the settings under Training time" in card.text
+    assert "8 layers preconditioned" in card.text and "`rank=2`" in card.text and "CPU thread" in card.text
+    assert "s for 6 steps" in card.text
 
 
 def test_card_leaves_the_rest_of_a_card_alone(tmp_path, said):
