@@ -12,16 +12,18 @@ from itertools import groupby
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import EvaConfig
 from .layers import Layer, LayerKind, kind_of, working_dtype
+from .shards import is_distributed
 
 Filter = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One module that owns parameters. `reason` is empty where the module's weight is preconditioned."""
+    """One module that owns weights. `reason` is empty where its weight is preconditioned."""
 
     name: str
     kind: str
@@ -34,8 +36,8 @@ class PlanRow:
 @dataclass(frozen=True)
 class Plan:
     """
-    What [`plan`] found: `layers` are preconditioned, `rows` describe every module that owns parameters. Printing it
-    gives a table in which the repeated layers of a stack share a line.
+    What [`plan`] found: `layers` are preconditioned, `rows` describe every module that owns parameters or quantized
+    weights. Printing it gives a table in which the repeated layers of a stack share a line.
     """
 
     model: nn.Module
@@ -119,11 +121,13 @@ def plan(
     layers, rows, counted = [], [], set[int]()
     embeddings = {id(module.weight) for module in embeddings_of(model, config)}
     for name, module in modules.items():
-        owned = _owned(module)
-        if not owned:
+        owned, packed = _owned(module), _quantized(module)
+        if not owned and packed is None:
             continue
         kind = candidates.get(name)
-        if kind is None:
+        if packed is not None:
+            reason = f"quantized ({str(packed.dtype).removeprefix('torch.')})"
+        elif kind is None:
             reason = _not_linear(module)
         elif id(module) in outputs:
             reason = "output embedding"
@@ -137,7 +141,7 @@ def plan(
             layers.append(layer)
         fresh = {id(p): p for p in owned.values() if p.requires_grad and id(p) not in counted}
         counted.update(fresh)
-        weight = owned.get("weight", next(iter(owned.values())))
+        weight = packed if packed is not None else owned.get("weight", next(iter(owned.values())))
         rows.append(
             PlanRow(
                 name=name or "(model)",
@@ -150,9 +154,12 @@ def plan(
         )
     if not layers and config.variant != "none":
         reasons = "; ".join(sorted({row.reason for row in rows})) or "it has no parameters"
+        advice = "for other models use torch.optim.AdamW"
+        if "quantized" in reasons:
+            advice = "on quantized weights train adapters, such as PEFT's LoRA"
         raise ValueError(
             f"{type(model).__name__} has no layer to precondition ({reasons}). Eva needs a trainable nn.Linear, "
-            "Conv1D or Conv2d; for other models use torch.optim.AdamW."
+            f"Conv1D or Conv2d; {advice}."
         )
     return Plan(model, tuple(layers), tuple(rows))
 
@@ -195,6 +202,15 @@ def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
 
+def _quantized(module: nn.Module) -> torch.Tensor | None:
+    """Weights in fewer bits than a float has, in a module of any class: a parameter, or as in GPTQ a buffer."""
+    buffers = [b for name, b in module.named_buffers(recurse=False) if name.endswith("weight") and b.ndim > 1]
+    for tensor in (*_owned(module).values(), *buffers):
+        if tensor.dtype.itemsize < 2 or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+    return None
+
+
 def _not_linear(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
@@ -216,8 +232,11 @@ def _not_taken(
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed from other parameters"
-    if not (weight.is_floating_point() and weight.dtype.itemsize >= 2):
-        return f"quantized ({str(weight.dtype).removeprefix('torch.')})"
+    if weight.is_complex():
+        return f"complex ({str(weight.dtype).removeprefix('torch.')})"
+    # What packs numbers in a dtype that it calls its own, as torchao's quantized tensors do.
+    if is_traceable_wrapper_subclass(weight) and not is_distributed(weight):
+        return f"its weight is a {type(weight).__name__}"
     if not weight.requires_grad:
         return "frozen"
     others = [other for other in shared[id(weight)] if other != name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import FAMILIES, bert, every_config, gpt2, mlp
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_eva import EvaConfig, create_eva_optimizer, plan
 
@@ -146,13 +147,18 @@ class Custom(nn.Linear):
     pass
 
 
-class Quantized(nn.Linear):
-    """What 4-bit layers look like from outside, in the exact class."""
+def packed(kind: type[nn.Module], name: str, weight: torch.Tensor, as_buffer: bool = False) -> nn.Module:
+    """A module whose weights a library has packed, in the way of that library."""
+    module = kind(4, 4) if kind is nn.Linear else kind()
+    if as_buffer:
+        module.register_buffer(name, weight)
+    else:
+        setattr(module, name, nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+    return module
 
-    def __new__(cls, *args):
-        module = nn.Linear(*args)
-        module.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)
-        return module
+
+def integers(dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(4, 2, dtype=dtype)
 
 
 def frozen():
@@ -167,7 +173,15 @@ def weight_norm():
     ("build", "name", "reason"),
     [
         (lambda: Custom(4, 4), "other", "Custom is a subclass of a layer that is known"),
-        (lambda: Quantized(4, 4), "other", "quantized (uint8)"),
+        (lambda: packed(nn.Linear, "weight", integers(torch.uint8)), "other", "quantized (uint8)"),  # bitsandbytes
+        (lambda: packed(nn.Module, "W_q", integers(torch.uint8)), "other", "quantized (uint8)"),  # HQQ
+        (lambda: packed(nn.Module, "qweight", integers(torch.int32), True), "other", "quantized (int32)"),  # GPTQ
+        (
+            lambda: packed(nn.Linear, "weight", TwoTensor(torch.ones(4, 4), torch.ones(4, 4))),
+            "other",
+            "its weight is a TwoTensor",
+        ),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), "other", "complex (complex64)"),
         (frozen, "other", "frozen"),
         (lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn), "other", "quantized (float8_e4m3fn)"),
         (weight_norm, "other", "ParametrizedLinear is a subclass of a layer that is known"),

@@ -98,83 +98,104 @@ def test_the_adapter_that_is_not_active_is_left_alone():
 
 # Quantized bases -----------------------------------------------------------------------------------------------------
 
-
-class PackedLinear(nn.Linear):
-    """Two weights of four bits in each byte, as bitsandbytes keeps them."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features)
-        self.bias = layer.bias
-        self.scale = layer.weight.detach().abs().max() / 7
-        levels = (layer.weight.detach() / self.scale).round().to(torch.int8).add(8).to(torch.uint8)
-        self.weight = nn.Parameter(levels[:, ::2] * 16 + levels[:, 1::2], requires_grad=False)
-
-    def dense(self) -> torch.Tensor:
-        return (
-            torch.stack([self.weight // 16, self.weight % 16], -1).flatten(1).to(self.scale.dtype).sub(8) * self.scale
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.dense(), self.bias)
+BITS = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4 twice": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+}
+every_quantization = pytest.mark.parametrize("bits", BITS)
 
 
-def in_four_bits(model):
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and name in ("query", "value"):
-                setattr(module, name, PackedLinear(child))
-    return model
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    ZOO["bert"].build().save_pretrained(folder)
+    return folder
 
 
-def in_eight_bits(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantization = pytest.importorskip("torchao.quantization")
-        wanted = lambda module, name: name.endswith(("query", "value"))  # noqa: E731
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=wanted)
-    return model
+def quantized(folder, bits, skipped=("classifier",)):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**BITS[bits], llm_int8_skip_modules=list(skipped))
+    return AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config)
 
 
-def dense_twin(model):
-    """The same weights, not quantized."""
-    twin = ZOO["bert"].build()
-    with torch.no_grad():
-        for name, module in twin.named_modules():
-            if name.endswith(("query", "value")):
-                packed = model.get_submodule(name)
-                weight = packed.dense() if isinstance(packed, PackedLinear) else packed.weight.dequantize()
-                module.weight.copy_(weight)
-    return twin
+def trained(model):
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-@pytest.mark.parametrize(
-    "config", [CONFIGS[name] for name in ("eva", "eva_f", "eva_s")], ids=["eva", "eva_f", "eva_s"]
-)
-@pytest.mark.parametrize("quantize", [in_eight_bits, in_four_bits])
-def test_adapters_on_a_quantized_base_train_as_on_a_dense_one(config, quantize):
-    peft = pytest.importorskip("peft")
-    base = quantize(ZOO["bert"].build())
-    dense = adapted(dense_twin(base))
-    torch.manual_seed(0)
-    settings = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
-    settings._register_custom_module({PackedLinear: peft.tuners.lora.Linear})
-    model = peft.get_peft_model(base, settings)
-    frozen = copy.deepcopy(model.state_dict())
-    twin = train(dense, config)
-    optimizer = train(model, config)
+def assert_is_frozen(model, before):
+    """All but the trained weights, and what tells how to read those in few bits."""
+    frozen = before.keys() - trained(model).keys()
+    assert any(value.dtype.itemsize == 1 for value in before.values())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in frozen)
+
+
+@every_quantization
+@every_variant
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=str)
+def test_adapters_on_a_quantized_base_train_as_on_a_dense_one(folder, bits, config, changes):
+    model, dense = (
+        adapted(quantized(folder, bits), **changes),
+        adapted(quantized(folder, bits).dequantize(), **changes),
+    )
+    before = copy.deepcopy(model.state_dict())
+    optimizer, twin = train(model, config), train(dense, config)
     assert [layer.name for layer in optimizer.layers] == [layer.name for layer in twin.layers]
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    assert_near(trained, {n: v for n, v in dense.named_parameters() if v.requires_grad}, 1e-4)
-    for name, value in model.state_dict().items():
-        if name not in trained and value.dtype == torch.uint8:
-            assert torch.equal(value, frozen[name])
+    assert {type(layer.module) for layer in optimizer.layers} == {nn.Linear}
+    largest, mean = (1e-2, 1e-3) if bits == "int8" else (1e-6, 1e-7)  # it keeps 8 bits of what a layer receives, too
+    assert_near(trained(model), trained(dense), largest, mean)
+    assert_is_frozen(model, before)
+    assert len(optimizer.layers) == 9 and all(optimizer.state[weight] for weight in trained(model).values())
 
 
-@pytest.mark.parametrize("quantize", [in_eight_bits, in_four_bits])
-def test_the_plan_says_why_quantized_layers_are_out(quantize):
-    rows = {row.name: row.reason for row in plan(quantize(ZOO["bert"].build())).rows}
-    reason = rows["bert.encoder.layer.0.attention.self.query"]
-    assert reason == "frozen" if quantize is in_eight_bits else "subclass" in reason
+@every_quantization
+def test_the_plan_says_why_quantized_layers_are_out(folder, bits):
+    rows = {row.name.removeprefix("base_model.model."): row for row in plan(adapted(quantized(folder, bits))).rows}
+    layer = "bert.encoder.layer.0.attention.self.query"
+    assert rows[f"{layer}.base_layer"].reason == f"quantized ({'int8' if bits == 'int8' else 'uint8'})"
+    assert rows[f"{layer}.base_layer"].state_bytes == 0
+    assert not rows[f"{layer}.lora_A.default"].reason
+    with pytest.raises(
+        ValueError, match=r"no layer to precondition \(.*quantized.*train adapters, such as PEFT's LoRA"
+    ):
+        plan(quantized(folder, bits, skipped=()))
+
+
+@every_quantization
+@pytest.mark.parametrize("variant", ["eva_s", "eva"])
+def test_a_trainer_resumes_on_a_quantized_base_bit_for_bit(folder, tmp_path, bits, variant):
+    pytest.importorskip("accelerate")
+    from hf_eva import EvaTrainer, EvaTrainingArguments
+
+    rows = [{name: values[i] for name, values in batch().items()} for i in range(8)]
+    runs = {}
+    for name, stop in (("whole", None), ("stopped", 2), ("stopped", None)):
+        settings = {"max_steps": stop or 4, "save_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}
+        settings |= {"bf16": bits == "nf4", "gradient_checkpointing": bits == "fp4 twice"}
+        args = EvaTrainingArguments(str(tmp_path / name), use_cpu=True, eva_variant=variant, **settings)
+        args.lr_scheduler_type = "constant"
+        model = adapted(quantized(folder, bits))
+        before = copy.deepcopy(model.state_dict())
+        trainer = runs[name] = EvaTrainer(model, args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=any((tmp_path / name).glob("checkpoint-*")))
+        assert_is_frozen(model, before)
+    for name, weight in trained(runs["whole"].model).items():
+        assert torch.equal(weight, trained(runs["stopped"].model)[name]), name
+    states = [run.optimizer.optimizer.state_dict()["state"] for run in runs.values()]
+    assert states[0].keys() == states[1].keys()
+    for index, entry in states[0].items():
+        assert_equal(entry, states[1][index])
+
+
+def test_a_trainer_refuses_a_quantized_base_without_adapters(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    from hf_eva import EvaTrainer, EvaTrainingArguments
+
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        EvaTrainer(quantized(folder, "nf4"), EvaTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
 
 
 # Shared and computed weights -----------------------------------------------------------------------------------------
