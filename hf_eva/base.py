@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .shards import axes_of, local
+from .shards import local, zeros_of_rows
 from .soundness import replace_unless_
 
 State = MutableMapping[Tensor, dict[str, Tensor]]
@@ -82,24 +82,17 @@ def row_adamw_(
 ) -> None:
     """
     AdamW with one second moment per row, the mean over its entries, and `factor` times the learning rate; for
-    embeddings, whose rows are the parameters of one token each. `squares` are the [`mean_squares`] of the gradients,
-    and `momentum_dtype` is what the first moment is kept in, by default that of the parameter.
+    embeddings, whose rows are the parameters of one token each. `squares` are the [`mean_squares`] of the gradients'
+    whole rows, and `momentum_dtype` is what the first moment is kept in, by default that of the parameter.
     """
     beta1, beta2 = group["betas"]
     for parameter, square in zip(parameters, squares, strict=True):
         entry = state[parameter]
         if "exp_avg" not in entry:
-            if axes_of(parameter)[1].mesh is not None:
-                raise RuntimeError(
-                    f"An embedding of shape {tuple(parameter.shape)} is sharded along its second axis, which Eva does "
-                    "not know: shard it by rows, as `fully_shard` does by itself."
-                )
             precise = torch.promote_types(parameter.dtype, torch.float32)
             entry["step"] = torch.zeros((), dtype=precise, device=parameter.device)
             entry["exp_avg"] = torch.zeros_like(parameter, dtype=momentum_dtype, memory_format=torch.preserve_format)
-            entry["exp_avg_sq"] = torch.zeros_like(
-                parameter[:, :1], dtype=precise, memory_format=torch.contiguous_format
-            )
+            entry["exp_avg_sq"] = zeros_of_rows(parameter, precise)
         here = None if sound is None else sound.to(parameter.device)
         entry["step"] += 1 if here is None else here
         start1, start2 = 1 - beta1 ** entry["step"], 1 - beta2 ** entry["step"]
@@ -116,12 +109,15 @@ def row_adamw_(
 
 
 def mean_squares(parameter: Tensor) -> Tensor:
-    """The mean square of each row that this process holds of a gradient `(n, d)`, of shape `(n, 1)`."""
+    """
+    The mean square of each row that this process holds of a gradient `(n, d)`, of shape `(n, 1)`; where it holds some
+    columns of it, their share of that mean.
+    """
     rows = _grad(parameter)
     norms: Tensor = torch.linalg.vector_norm(
         rows, dim=1, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)
     )
-    return norms.square() / rows.shape[1]
+    return norms.square() / parameter.shape[1]
 
 
 def sgd_(

@@ -56,7 +56,8 @@ class Capture:
     go when it goes. With `mask_padding`, positions that the model's `attention_mask` calls padding do not count.
 
     Raises:
-        ValueError: another live `Capture` is attached to one of the layers.
+        ValueError: another live `Capture` is attached to one of the layers, or one is in parts by a tensor-parallel
+            plan.
     """
 
     def __init__(
@@ -68,7 +69,11 @@ class Capture:
         self._buffer: Tensor | None = None
         self._place: tuple[torch.dtype, torch.device] | None = None
         self._sizes: list[list[int]] = []
+        # Parts that `fully_shard` has made are put together for a forward pass.
+        parts = int(any(hasattr(module, "set_requires_gradient_sync") for module in model.modules()))
         for layer in self.layers:
+            if sum(not p.is_replicate() for p in getattr(layer.weight, "placements", ())) > parts:
+                raise ValueError(_of_parts(layer))
             d_out, d_in = layer.shape
             of_outputs = [d_out, 1] if with_output_gradients else [0, 0]
             self._sizes.append([1, d_in, 1, *of_outputs])  # in the order of Statistics
@@ -232,11 +237,7 @@ def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwa
         return
     layer, scope = capture.layers[index], capture.scopes[index]
     if is_distributed(layer.weight):
-        raise RuntimeError(
-            f"Layer {layer.name!r} computes with a weight in parts, placed as {layer.weight.placements}, as tensor-"  # type: ignore[attr-defined]
-            "parallel plans have it. What it receives and gives is in parts, too, which statistics of inputs and "
-            "output gradients do not know: take variant 'eva_s', as the recipe does, or train with DDP or FSDP2."
-        )
+        raise RuntimeError(_of_parts(layer))
     x = args[0] if args else next(iter(kwargs.values()))
     # Reentrant checkpointing calls the layer again when its model may have been called with another batch.
     is_unclear = _in_backward() and scope.is_ambiguous
@@ -250,6 +251,14 @@ def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwa
     # On the tensor that holds the values: an in-place operation gives a view another gradient, but not its base.
     holder = output._base if output._is_view() and output._base is not None else output
     holder.register_hook(partial(_commit, weakref.ref(capture), index, sums, slot, is_unclear))
+
+
+def _of_parts(layer: Layer) -> str:
+    return (
+        f"Layer {layer.name!r} computes with a weight in parts, placed as {layer.weight.placements}, as tensor-"  # type: ignore[attr-defined]
+        "parallel plans have it. What it receives and gives is in parts, too, which statistics of inputs and "
+        "output gradients do not know: take variant 'eva_s', as the recipe does, or train with DDP or FSDP2."
+    )
 
 
 def _commit(

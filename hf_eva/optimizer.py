@@ -53,7 +53,8 @@ class Eva(torch.optim.Optimizer):
     parameter once. Not with variant `"none"`, which is torch's optimizer.
 
     Raises:
-        ValueError: a value is out of range, or a planned weight is not among `params`.
+        ValueError: a value is out of range, a planned weight is not among `params`, or one is distributed in a way
+            that is not known.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class Eva(torch.optim.Optimizer):
                     f"The plan preconditions {layer.name!r}, whose weight is not among the parameters of the "
                     "optimizer: give all parameters of the planned model, or exclude that layer from the plan."
                 )
+            if sentence := _refusal_of(layer, layer.weight):
+                raise ValueError(sentence)
         self._embeddings = embeddings_of(plan.model, self.config)
         self.grad_scaler = grad_scaler
         self._capture: Capture | None = None
@@ -223,11 +226,8 @@ class Eva(torch.optim.Optimizer):
                     f"Layer {layer.name!r} has a sparse gradient, which Eva cannot precondition: exclude the layer "
                     "from the plan, or train with dense gradients."
                 )
-            if reason := refusal(layer.weight, gradient):
-                raise RuntimeError(
-                    f"Layer {layer.name!r} is distributed in a way that Eva does not know ({reason}): shard each axis "
-                    "of the weight at most once, as `fully_shard` does by itself, or exclude the layer from the plan."
-                )
+            if sentence := _refusal_of(layer, gradient):
+                raise RuntimeError(sentence)
             if statistics is None or self._was_called(index, layer, statistics[index]):
                 has_bias = self.config.includes_bias and layer.bias is not None and layer.bias.grad is not None
                 ready.append((index, layer, groups[id(layer.weight)], has_bias))
@@ -305,6 +305,16 @@ class Eva(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
+
+
+def _refusal_of(layer: Layer, gradient: Tensor) -> str:
+    """Why a layer cannot be stepped as it is distributed, or an empty string."""
+    if not (reason := refusal(layer.weight, gradient)):
+        return ""
+    return (
+        f"Layer {layer.name!r} is distributed in a way that Eva does not know ({reason}): shard its weight by rows or "
+        "columns, as `fully_shard` and most tensor-parallel plans do, or exclude the layer from the plan."
+    )
 
 
 def _name_in(plan: Plan, parameter: Tensor) -> str:

@@ -232,6 +232,8 @@ def _not_taken(
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed from other parameters"
+    if weight.ndim < 2:
+        return "its weight is flat, as under FSDP1: use FSDP2"
     if weight.is_complex():
         return f"complex ({str(weight.dtype).removeprefix('torch.')})"
     # What packs numbers in a dtype that it calls its own, as torchao's quantized tensors do.

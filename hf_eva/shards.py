@@ -9,6 +9,7 @@ never yields. [`together`] runs the routines of all layers side by side and sums
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -36,13 +37,16 @@ Routine: TypeAlias = Generator[Request, Sequence[Tensor], T]
 
 @dataclass(frozen=True)
 class Axis:
-    """The `size` entries from `start` of an axis with `whole` entries, or where `mesh` is `None` all of them."""
+    """
+    The `size` entries from `start` of an axis with `whole` entries, or where `mesh` is `None` all of them. The
+    `dimensions` of the mesh have cut it, one after the other.
+    """
 
     whole: int
     start: int
     size: int
     mesh: DeviceMesh | None = None
-    dimension: int = 0  # of the mesh
+    dimensions: tuple[int, ...] = ()
 
     def take(self, tensor: Tensor) -> Tensor:
         """The part that belongs here, a view, of a tensor `(n, whole, …)`."""
@@ -58,7 +62,11 @@ class Axis:
 
     def sum(self, *tensors: Tensor) -> Routine[Sequence[Tensor]]:
         """Sums over this axis, where each process has summed over its part."""
-        return tensors if self.mesh is None else (yield Request(self.mesh, self.dimension, tensors))
+        sums: Sequence[Tensor] = tensors
+        for dimension in self.dimensions:
+            assert self.mesh is not None
+            sums = yield Request(self.mesh, dimension, sums)
+        return sums
 
 
 class Part(NamedTuple):
@@ -88,14 +96,17 @@ WHOLE = Part(whole_axis(0), whole_axis(0))  # of whatever size
 
 def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
     """The part of each axis of a tensor that this process holds, if [`refusal`] has no reason; of a plain one all."""
-    axes = [whole_axis(size) for size in tensor.shape]
-    for dimension, placement in enumerate(getattr(tensor, "placements", ())):
-        mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
-        if placement.is_shard() and mesh.size(dimension) > 1:
-            whole = tensor.shape[placement.dim]
-            most = -(-whole // mesh.size(dimension))
-            start = min(whole, most * mesh.get_local_rank(dimension))
-            axes[placement.dim] = Axis(whole, start, min(most, whole - start), mesh, dimension)
+    if not is_distributed(tensor):
+        return tuple(map(whole_axis, tensor.shape))
+    mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
+    axes = []
+    for axis, whole in enumerate(tensor.shape):
+        dimensions, start, size = _cuts(tensor, axis), 0, whole
+        for dimension in dimensions:
+            most = -(-size // mesh.size(dimension))
+            before = min(size, most * mesh.get_local_rank(dimension))
+            start, size = start + before, min(most, size - before)
+        axes.append(Axis(whole, start, size, mesh if dimensions else None, dimensions))
     return tuple(axes)
 
 
@@ -108,11 +119,33 @@ def refusal(weight: Tensor, gradient: Tensor) -> str:
     if not is_distributed(weight) or not is_distributed(gradient):
         return "of weight and gradient only one is a DTensor"
     mine, its = weight.placements, gradient.placements  # type: ignore[attr-defined]
-    axes = [placement.dim for placement in mine if placement.is_shard()]
-    is_known = all(placement.is_shard() or placement.is_replicate() for placement in mine)
-    if mine != its or not is_known or len(set(axes)) < len(axes) or any(axis > 1 for axis in axes):
+    is_known = all(placement.is_replicate() or getattr(placement, "dim", 2) < 2 for placement in mine)
+    if mine != its or not is_known or _is_striped(weight):
         return f"the placements of its weight are {mine} and of its gradient {its}"
     return ""
+
+
+def _cuts(tensor: Tensor, axis: int) -> tuple[int, ...]:
+    """
+    The dimensions of the mesh that cut an axis, in the order in which they do. What `fully_shard` cuts on top of a
+    tensor-parallel plan has a split factor: later dimensions come first.
+    """
+    order: list[int] = []
+    for dimension, placement in reversed(list(enumerate(tensor.placements))):  # type: ignore[attr-defined]
+        if tensor.device_mesh.size(dimension) > 1 and getattr(placement, "dim", None) == axis:  # type: ignore[attr-defined]
+            order.insert(len(order) if hasattr(placement, "split_factor") else 0, dimension)
+    return tuple(order)
+
+
+def _is_striped(tensor: Tensor) -> bool:
+    """Whether a process holds stripes of an axis: the split factor of a cut is no count of what was cut before."""
+    mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
+    for dimension, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
+        if hasattr(placement, "split_factor") and mesh.size(dimension) > 1:
+            later = [mesh.size(other) for other in _cuts(tensor, placement.dim) if other > dimension]
+            if placement.split_factor != math.prod(later):
+                return True
+    return False
 
 
 def align_(parameters: Iterable[Tensor]) -> None:
@@ -148,14 +181,18 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """The tensor of which `part` is what this process holds, distributed as another one of its shape."""
+def zeros_of_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros `(n, 1)`, distributed as the rows of a tensor `(n, d)`: what a row is cut into has all of them."""
+    rows = local(tensor).new_zeros(len(local(tensor)), 1, dtype=dtype)
     if not is_distributed(tensor):
-        return part
-    from torch.distributed.tensor import DTensor
+        return rows
+    from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    placements = [Replicate() if getattr(p, "dim", None) == 1 else p for p in tensor.placements]  # type: ignore[attr-defined]
+    mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        rows, mesh, placements, run_check=False, shape=torch.Size([len(tensor), 1]), stride=(1, 1)
+    )
 
 
 def whole_sum(tensor: Tensor, value: Tensor) -> Routine[Tensor]:

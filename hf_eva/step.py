@@ -13,7 +13,7 @@ from . import base
 from .capture import Statistics
 from .config import EvaConfig
 from .diagnostics import LastStep
-from .shards import local, together, whole_sum
+from .shards import Routine, axes_of, local, together, whole_sum
 from .soundness import Watch, squared_norms_of
 from .stacks import Scratch, Stack, State
 
@@ -46,14 +46,13 @@ class Step:
         present = [p for group in self.groups for p in group["params"] if p.grad is not None]
         if self.config.variant == "none" or not present:
             return
+        embeddings = [parameter for parameter in present if id(parameter) in self.by_rows]
         others = [parameter for parameter in present if id(parameter) not in self.by_rows]
-        rows = {id(p): base.mean_squares(p) for p in present if id(p) in self.by_rows}
         found = zip(others, squared_norms_of([local(parameter.grad) for parameter in others]), strict=True)
-        squares = {id(parameter): square for parameter, square in found}
-        numbers = [(p, rows[id(p)].sum() if id(p) in rows else squares[id(p)]) for p in present]
-        sums = together(whole_sum(parameter, square) for parameter, square in numbers)
-        numbers = [(parameter, total) for (parameter, _), total in zip(numbers, sums, strict=True)]
-        self.squares = {id(parameter): total for parameter, total in numbers} | rows
+        routines = [*(_rows_and_sum(p) for p in embeddings), *(_sum(p, square) for p, square in found)]
+        sums = dict(zip(map(id, embeddings + others), together(routines), strict=True))
+        self.squares = {parameter: square for parameter, (square, _) in sums.items()}
+        numbers = [(parameter, sums[id(parameter)][1]) for parameter in present]
         if self.statistics is not None:
             used = [pair for stack in self.stacks for pair in zip(stack.weights, stack.indices, strict=True)]
             numbers += [(weight, self.statistics[index].a_square) for weight, index in used]
@@ -67,3 +66,16 @@ class Step:
     def sound_on(self, tensor: Tensor) -> Tensor | None:
         """`sound`, where a tensor is."""
         return None if self.sound is None else self.sound.to(tensor.device)
+
+
+def _rows_and_sum(embedding: Tensor) -> Routine[tuple[Tensor, Tensor]]:
+    """The mean squares of rows that this process holds, and the sum of those of all rows."""
+    rows, columns = axes_of(embedding)
+    (squares,) = yield from columns.sum(base.mean_squares(embedding))
+    (total,) = yield from rows.sum(squares.sum())
+    return squares, total
+
+
+def _sum(parameter: Tensor, square: Tensor) -> Routine[tuple[Tensor, Tensor]]:
+    total = yield from whole_sum(parameter, square)
+    return total, total

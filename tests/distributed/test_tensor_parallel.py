@@ -1,6 +1,7 @@
 """Models whose weights are in parts by the tensor-parallel plans of transformers, or by those of torch."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ MODELS = {
     "tied": lambda: _build("Llama", "CausalLM", **SIZES, tie_word_embeddings=True),
 }
 CASES = [*((name, "rank_3") for name in MODELS), ("qwen2", "eva_s"), ("qwen2", "paper_eva_s")]
+# Each process has some of the columns of the embedding, and so some of the entries of every row.
+COLUMNS = {"model.embed_tokens": "embedding_colwise"}
 STEPS = 3
 
 
@@ -46,8 +49,12 @@ def train(model, config, loss):
     }
 
 
-def loss_of_text(model, step):
-    return model(**next_tokens(sentences(seed=step))).loss
+def loss_of_text(model, step, part=0, parts=1):
+    """The mean over all tokens of a batch; of one of its parts, this part's share of it, times their number."""
+    batch = next_tokens(sentences(seed=step))
+    labels = batch["labels"][part::parts]
+    share = (labels[:, 1:] >= 0).sum() / (batch["labels"][:, 1:] >= 0).sum()
+    return model(**{name: values[part::parts] for name, values in batch.items()}).loss * share.item() * parts
 
 
 def loss_of_numbers(model, step):
@@ -60,8 +67,8 @@ def numbers():
 
 
 def refusal(model, config):
-    with pytest.raises(RuntimeError) as error:
-        train(model, config, loss_of_text)
+    with pytest.raises(ValueError) as error:
+        create_eva_optimizer(model, config=CONFIGS[config])
     return str(error.value)
 
 
@@ -76,6 +83,9 @@ def in_two(rank, folder):
         placed = {p.placements for p in model.parameters() if isinstance(p, DTensor)}
         assert {(Shard(0),), (Shard(1),)} <= placed
         found[f"{name}/{config}"] = train(model, config, loss_of_text)
+    columns = load(f"{folder}/qwen2", distributed_config=DistributedConfig(tp_size=2, tp_plan=COLUMNS))
+    assert columns.get_input_embeddings().weight.placements == (Shard(1),)
+    found["columns"] = train(columns, "rank_3", loss_of_text)
     styles = {"2": ColwiseParallel(), "4": RowwiseParallel()}
     own = parallelize_module(numbers(), init_device_mesh("cpu", (2,)), styles)
     found["torch"] = train(own, "rank_3", loss_of_numbers)
@@ -118,6 +128,12 @@ def test_plans_of_transformers_train_as_one_process_does(name, config, of_two_pr
     assert_near(first, train(load(folder / name), config, loss_of_text), 1e-9)
 
 
+def test_embeddings_in_columns_train_as_one_process_does(of_two_processes, folder):
+    first, second = (found["columns"] for found in of_two_processes)
+    assert_equal(first, second)
+    assert_near(first, train(load(folder / "qwen2"), "rank_3", loss_of_text), 1e-9)
+
+
 def test_plans_of_torch_train_as_one_process_does(of_two_processes):
     first, second = (found["torch"] for found in of_two_processes)
     assert_equal(first, second)
@@ -128,3 +144,58 @@ def test_what_is_not_known_is_refused_with_a_sentence(of_two_processes):
     hooks, packed = (of_two_processes[0][name] for name in ("hooks", "packed"))
     assert "q_proj' computes with a weight in parts" in hooks and "take variant 'eva_s'" in hooks
     assert "gate_up_proj' is distributed in a way that Eva does not know" in packed and "exclude the layer" in packed
+
+
+# Plans beside data parallelism ---------------------------------------------------------------------------------------
+
+TWO_BY_TWO = {
+    "shards": {"tp_size": 2, "fsdp_size": 2},
+    "shards, embedding in columns": {"tp_size": 2, "fsdp_size": 2, "tp_plan": COLUMNS},
+    "replicas": {"tp_size": 2, "dp_replicate_size": 2},
+}
+CASES_OF_FOUR = [
+    *(("qwen2", config, "shards") for config in ("rank_3", "eva_s", "paper_eva_s")),
+    ("qwen2", "rank_3", "shards, embedding in columns"),
+    ("qwen2", "rank_3", "replicas"),
+    ("tied", "rank_3", "shards"),
+    ("tied", "rank_3", "replicas"),
+]
+
+
+def loss_of_halves(model, step):
+    return sum(loss_of_text(model, step, part, 2) for part in range(2)) / 2
+
+
+def in_four(rank, folder):
+    from transformers.distributed import DistributedConfig
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    half = partial(loss_of_text, part=rank // 2, parts=2)
+    found = {}
+    for name, config, layout in CASES_OF_FOUR:
+        model = load(f"{folder}/{name}", distributed_config=DistributedConfig(**TWO_BY_TWO[layout]))
+        assert any(len(p.placements) > 1 and not p.placements[-2].is_replicate() for p in model.parameters())
+        found[f"{name}/{config}/{layout}"] = train(model, config, half)
+    model = load(f"{folder}/qwen2", distributed_config=DistributedConfig(**TWO_BY_TWO["shards"]))
+    found["hooks"] = refusal(model, "eva")
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_four_processes(folder):
+    pytest.importorskip("transformers.distributed", reason="this release of transformers has other plans")
+    return world.run(in_four, 4, str(folder), limit=600.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "config", "layout"), CASES_OF_FOUR)
+def test_plans_beside_data_parallelism_train_as_one_process_does(name, config, layout, of_four_processes, folder):
+    first, *others = (found[f"{name}/{config}/{layout}"] for found in of_four_processes)
+    for other in others:
+        assert_equal(first, other)
+    assert_near(first, train(load(folder / name), config, loss_of_halves), 1e-9)
+
+
+@pytest.mark.slow
+def test_hooks_beside_data_parallelism_are_refused(of_four_processes):
+    assert "take variant 'eva_s'" in of_four_processes[0]["hooks"]
