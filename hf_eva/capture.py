@@ -74,9 +74,7 @@ class Capture:
         for layer in self.layers:
             if sum(not p.is_replicate() for p in getattr(layer.weight, "placements", ())) > parts:
                 raise ValueError(_of_parts(layer))
-            d_out, d_in = layer.shape
-            of_outputs = [d_out, 1] if with_output_gradients else [0, 0]
-            self._sizes.append([1, d_in, 1, *of_outputs])  # in the order of Statistics
+            self._sizes.append(layer.sizes_of_sums(with_output_gradients))  # in the order of Statistics
             if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values()):
                 raise ValueError(
                     f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."

@@ -175,6 +175,11 @@ class Layer:
         """`(d_out, d_in)`."""
         return self.kind.shape(self.module)
 
+    def sizes_of_sums(self, with_output_gradients: bool) -> list[int]:
+        """How many numbers are summed in a window: tokens, inputs, their squares, output gradients, their squares."""
+        d_out, d_in = self.shape
+        return [1, d_in, 1, *((d_out, 1) if with_output_gradients else (0, 0))]
+
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """The precision of statistics, momentum and directions: that of the tensor, but never lower than float32."""

@@ -37,12 +37,14 @@ class PlanRow:
 class Plan:
     """
     What [`plan`] found: `layers` are preconditioned, `rows` describe every module that owns parameters or quantized
-    weights. Printing it gives a table in which the repeated layers of a stack share a line.
+    weights. Printing it gives a table in which the repeated layers of a stack share a line. `sent_bytes` is what each
+    of several processes sends in a step beside the gradients, in one all-reduce: 0 where no inputs are looked at.
     """
 
     model: nn.Module
     layers: tuple[Layer, ...]
     rows: tuple[PlanRow, ...]
+    sent_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -55,13 +57,17 @@ class Plan:
         return sum(row.adamw_bytes for row in self.rows)
 
     def summary(self) -> str:
-        """One sentence: how many layers, what share of the trainable parameters, and the state against AdamW's."""
+        """
+        One sentence: how many layers, what share of the trainable parameters, the state against AdamW's, and what is
+        sent.
+        """
         weights = sum(layer.weight.numel() for layer in self.layers)
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return (
             f"{len(self.layers)} layers preconditioned, {_ratio(weights, trainable)} of {trainable:,} trainable "
             f"parameters; optimizer state {_megabytes(self.state_bytes)}, "
             f"{_ratio(self.state_bytes, self.adamw_bytes)} of AdamW's {_megabytes(self.adamw_bytes)}"
+            + (f"; {_megabytes(self.sent_bytes)} sent in a step of several processes" if self.sent_bytes else "")
         )
 
     def __str__(self) -> str:
@@ -161,7 +167,7 @@ def plan(
             f"{type(model).__name__} has no layer to precondition ({reasons}). Eva needs a trainable nn.Linear, "
             f"Conv1D or Conv2d; {advice}."
         )
-    return Plan(model, tuple(layers), tuple(rows))
+    return Plan(model, tuple(layers), tuple(rows), _sent_bytes(layers, config))
 
 
 def embeddings_of(model: nn.Module, config: EvaConfig) -> list[nn.Embedding]:
@@ -320,6 +326,13 @@ def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig
     if config.base == "adamw":
         momentum = parameter.numel() * (low.itemsize if low else size)
     return momentum + size * sum(math.prod(shape) for shape in statistics_shapes(layer, config).values() if shape)
+
+
+def _sent_bytes(layers: Sequence[Layer], config: EvaConfig) -> int:
+    if not layers or not config.needs_inputs:
+        return 0
+    numbers = sum(sum(layer.sizes_of_sums(config.needs_output_gradients)) for layer in layers)
+    return numbers * max(working_dtype(layer.weight).itemsize for layer in layers)
 
 
 def _stacked(rows: Sequence[PlanRow]) -> Iterator[list[PlanRow]]:

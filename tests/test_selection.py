@@ -1,6 +1,7 @@
 """`plan`: which layers are preconditioned, why the others are not, and what the table says."""
 
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import FAMILIES, bert, every_config, gpt2, mlp
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hf_eva import EvaConfig, create_eva_optimizer, plan
+from hf_eva import EvaConfig, capture, create_eva_optimizer, plan
 
 
 def taken(model, *args, **kwargs) -> set[str]:
@@ -294,6 +295,18 @@ def test_the_bytes_of_momentum_in_low_precision(dtype):
     optimizer.step()
     assert found.state_bytes == kept_bytes(optimizer, model.parameters())
     assert found.state_bytes < plan(model).state_bytes or dtype == torch.bfloat16
+
+
+@every_config
+def test_the_bytes_that_are_sent_are_those_of_the_buffer(config):
+    model = mlp()
+    found = plan(model, config=config)
+    assert bool(found.sent_bytes) == config.needs_inputs == ("sent in a step" in found.summary())
+    if config.needs_inputs:
+        with patch.object(capture, "sum_over_processes_", side_effect=lambda buffer: sent.append(buffer.nbytes) or 1):
+            sent = []
+            create_eva_optimizer(model, config=config).step()
+        assert sent == [found.sent_bytes]
 
 
 def test_tied_weights_are_counted_once():

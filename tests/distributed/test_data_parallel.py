@@ -1,20 +1,22 @@
-"""Two processes train as one with the same global batch, and send what the variant needs and no more."""
+"""Two and four processes train as one with the same global batch, and send what the variant needs and no more."""
 
 import time
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import world
-from helpers import CONFIGS, assert_equal, assert_near, losses, mlp
+from helpers import CONFIGS, assert_equal, assert_near, mlp
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_eva import create_eva_optimizer
 
 pytestmark = pytest.mark.distributed
 STEPS = 4
-TOKENS = (5, 11)  # of each process: the means have to weigh them
+TOKENS = (5, 11, 0, 3)  # of four micro-batches, of which one is empty: the means have to weigh them
 
 
 def micro_batches(step):
@@ -23,46 +25,48 @@ def micro_batches(step):
     return [tuple(torch.randn(s, generator=generator, dtype=torch.float64) + 2 for s in pair) for pair in shapes]
 
 
-def train(config, rank=None):
-    """The weights after some steps; with a `rank`, of one of two processes that share the micro-batches."""
+def train(config, rank=0, processes=1):
+    """The weights after some steps of one of several processes, which share the micro-batches."""
     torch.manual_seed(0)
     model = mlp()
     optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=config)
-    wrapped = model if rank is None else DistributedDataParallel(model)
+    wrapped = model if processes == 1 else DistributedDataParallel(model)
     for step in range(STEPS):
-        parts = micro_batches(step)
-        for loss in losses(parts) if rank is None else losses([parts[rank]]):
-            loss(wrapped).backward()
+        *others, last = micro_batches(step)[rank::processes]
+        for x, y in (*others, last):
+            with wrapped.no_sync() if processes > 1 and x is not last[0] else nullcontext():
+                (processes * F.mse_loss(wrapped(x), y, reduction="sum") / sum(TOKENS)).backward()
         optimizer.step()
         wrapped.zero_grad()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def train_all(rank):
+def train_all(rank, processes):
     """For each config the weights, and how often the package has sent something."""
     found = {}
     for name, config in CONFIGS.items():
         with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
-            found[name] = {"weights": train(config, rank), "sent": sent.call_count}
+            found[name] = {"weights": train(config, rank, processes), "sent": sent.call_count}
     return found
 
 
-@pytest.fixture(scope="module")
-def of_two_processes():
-    return world.run(train_all, 2)
+@pytest.fixture(scope="module", params=[2, 4])
+def of_all_processes(request):
+    return world.run(train_all, request.param, request.param, limit=300.0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_processes_train_as_one(name, of_two_processes):
-    first, second = (found[name]["weights"] for found in of_two_processes)
-    assert_equal(first, second)
+def test_processes_train_as_one(name, of_all_processes):
+    first, *others = (found[name]["weights"] for found in of_all_processes)
+    for other in others:
+        assert_equal(first, other)
     assert_near(first, train(CONFIGS[name]), 1e-12)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_one_sum_per_step_and_only_where_inputs_are_needed(name, of_two_processes):
+def test_one_sum_per_step_and_only_where_inputs_are_needed(name, of_all_processes):
     expected = STEPS if CONFIGS[name].needs_inputs else 0
-    assert [found[name]["sent"] for found in of_two_processes] == [expected, expected]
+    assert {found[name]["sent"] for found in of_all_processes} == {expected}
 
 
 class Branches(torch.nn.Module):

@@ -6,9 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import world
 from helpers import CONFIGS, assert_equal, assert_near, data, losses, mlp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -28,7 +30,7 @@ MODELS = {
 CASES = [*((name, "rank_3") for name in MODELS), ("qwen2", "eva_s"), ("qwen2", "paper_eva_s")]
 # Each process has some of the columns of the embedding, and so some of the entries of every row.
 COLUMNS = {"model.embed_tokens": "embedding_colwise"}
-STEPS = 3
+STEPS, SAVED = 3, 2
 
 
 def load(folder, **options):
@@ -37,13 +39,23 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
 
 
-def train(model, config, loss):
-    """The weights after some steps, whole."""
+def train(model, config, loss, saved=None):
+    """
+    The weights after some steps, whole. With a folder only the first, which are `saved`, or where they are the others.
+    """
     optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=CONFIGS[config])
-    for step in range(STEPS):
+    is_second = saved is not None and os.path.exists(f"{saved}/.metadata")
+    if is_second:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=saved)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for step in range(SAVED if is_second else 0, SAVED if saved and not is_second else STEPS):
         loss(model, step).backward()
         optimizer.step()
         model.zero_grad()
+    if saved and not is_second:
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=saved)
     return {
         n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()
     }
@@ -148,14 +160,15 @@ def test_what_is_not_known_is_refused_with_a_sentence(of_two_processes):
 
 # Plans beside data parallelism ---------------------------------------------------------------------------------------
 
+BOTH = "shards, embedding in columns"
 TWO_BY_TWO = {
     "shards": {"tp_size": 2, "fsdp_size": 2},
-    "shards, embedding in columns": {"tp_size": 2, "fsdp_size": 2, "tp_plan": COLUMNS},
+    BOTH: {"tp_size": 2, "fsdp_size": 2, "tp_plan": COLUMNS},
     "replicas": {"tp_size": 2, "dp_replicate_size": 2},
 }
 CASES_OF_FOUR = [
     *(("qwen2", config, "shards") for config in ("rank_3", "eva_s", "paper_eva_s")),
-    ("qwen2", "rank_3", "shards, embedding in columns"),
+    ("qwen2", "rank_3", BOTH),
     ("qwen2", "rank_3", "replicas"),
     ("tied", "rank_3", "shards"),
     ("tied", "rank_3", "replicas"),
@@ -176,8 +189,10 @@ def in_four(rank, folder):
         model = load(f"{folder}/{name}", distributed_config=DistributedConfig(**TWO_BY_TWO[layout]))
         assert any(len(p.placements) > 1 and not p.placements[-2].is_replicate() for p in model.parameters())
         found[f"{name}/{config}/{layout}"] = train(model, config, half)
-    model = load(f"{folder}/qwen2", distributed_config=DistributedConfig(**TWO_BY_TWO["shards"]))
-    found["hooks"] = refusal(model, "eva")
+    load_again = partial(load, f"{folder}/qwen2", distributed_config=DistributedConfig(**TWO_BY_TWO[BOTH]))
+    found["hooks"] = refusal(load_again(), "eva")
+    train(load_again(), "rank_3", half, f"{folder}/saved")
+    found["resumed"] = train(load_again(), "rank_3", half, f"{folder}/saved")
     return found
 
 
@@ -199,3 +214,10 @@ def test_plans_beside_data_parallelism_train_as_one_process_does(name, config, l
 @pytest.mark.slow
 def test_hooks_beside_data_parallelism_are_refused(of_four_processes):
     assert "take variant 'eva_s'" in of_four_processes[0]["hooks"]
+
+
+@pytest.mark.slow
+def test_their_checkpoint_resumes_on_four_processes_and_on_one(of_four_processes, folder):
+    expected = train(load(folder / "qwen2"), "rank_3", loss_of_halves)
+    assert_near(of_four_processes[0]["resumed"], expected, 1e-9)
+    assert_near(train(load(folder / "qwen2"), "rank_3", loss_of_halves, str(folder / "saved")), expected, 1e-9)
