@@ -55,6 +55,24 @@ def test_an_evaluation_between_micro_batches_does_not_end_the_window():
     assert_near(gathered(capture), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_generation_between_micro_batches_changes_nothing(name):
+    """Nor does it leave its own masks and shapes behind."""
+    zoo = pytest.importorskip("zoo")
+    found = []
+    for generates in (False, True):
+        model = zoo.ZOO[name].build().double()
+        capture = attach(model)
+        for seed in range(2):
+            model(**zoo.ZOO[name].batch(zoo.sentences(seed=seed))).loss.backward()
+            if generates:
+                batch = zoo.ZOO[name].batch(zoo.sentences(3, seed=9), side="left")
+                inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+                model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        found.append(gathered(capture))
+    assert_equal(*found)
+
+
 def test_two_forward_passes_before_one_backward_pass_are_one_window():
     model = mlp()
     functions = losses(data(model, 2))

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_near
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import output_tokens, tokens
 from torch import nn
 
@@ -58,6 +60,34 @@ def test_the_sums_of_a_call(module, shape):
     )
     (grad,) = torch.autograd.grad(y, module.weight, delta)
     assert_near([kind.matrix(grad)], [D.T @ X], 1e-12)
+
+
+MEMORY = {
+    "contiguous": lambda *shape: torch.randn(shape),
+    "every other": lambda *shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "transposed": lambda *shape: torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "expanded": lambda *shape: torch.randn(shape[-1]).expand(shape),
+}
+
+
+@given(
+    layout=st.lists(st.integers(0, 4), max_size=3),
+    width=st.integers(1, 5),
+    memory=st.sampled_from(sorted(MEMORY)),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    is_masked=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_sums_of_batches_of_any_layout(layout, width, memory, dtype, is_masked):
+    module, x = nn.Linear(width, 3), MEMORY[memory](*layout, width).to(dtype)
+    kind, rows, working = kind_of(module), x.double().reshape(-1, width), torch.promote_types(dtype, torch.float32)
+    real = torch.rand(len(rows)) > 0.5 if is_masked else None
+    wanted = rows if real is None else rows[real]
+    total, square, count = kind.input_sums(module, x, working, real)
+    assert count == len(wanted) and {total.dtype, square.dtype, count.dtype} == {working}
+    allowed = 1e-12 if dtype == torch.float64 else 1e-3
+    assert_near([total, square], [wanted.sum(0), wanted.square().sum()], allowed)
+    assert_near(list(kind.output_gradient_sums(x, working)), [rows.sum(0), rows.square().sum()], allowed)
 
 
 def test_conv1d_stores_the_transpose():
