@@ -167,11 +167,10 @@ TWO_BY_TWO = {
     "replicas": {"tp_size": 2, "dp_replicate_size": 2},
 }
 CASES_OF_FOUR = [
-    *(("qwen2", config, "shards") for config in ("rank_3", "eva_s", "paper_eva_s")),
+    *(("qwen2", config, "shards") for config in ("rank_3", "paper_eva_s")),
     ("qwen2", "rank_3", BOTH),
     ("qwen2", "rank_3", "replicas"),
     ("tied", "rank_3", "shards"),
-    ("tied", "rank_3", "replicas"),
 ]
 
 
