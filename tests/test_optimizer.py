@@ -150,6 +150,25 @@ def test_a_layer_that_is_never_called_gets_the_base_rule_and_one_warning(variant
     assert len(caplog.records) == 1 and "'used'" in caplog.text
 
 
+@pytest.mark.parametrize("variant", ["eva", "eva_f"])
+@pytest.mark.parametrize("kl_mode", ["none", "rescale"])
+def test_clipping_shortens_a_step_and_does_not_turn_it(variant, kl_mode):
+    """Damping stands beside statistics of inputs and output gradients as they were before gradients were clipped."""
+    moved = []
+    for factor in (1.0, 0.01):
+        torch.manual_seed(0)
+        model = mlp()
+        before = copy.deepcopy(model)
+        optimizer = create_eva_optimizer(model, lr=0.1, config=EvaConfig.paper(variant, kl_mode=kl_mode))
+        losses(data(model))[0](model).backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(factor)
+        optimizer.step()
+        pairs = zip(model.parameters(), before.parameters(), strict=True)
+        moved.append([(new - old).detach() / factor for new, old in pairs])
+    assert_near(*moved, 1e-12)
+
+
 def test_a_closure_is_evaluated_with_gradients():
     model = mlp()
     optimizer = create_eva_optimizer(model)
