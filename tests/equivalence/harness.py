@@ -92,6 +92,17 @@ def longer(length: int, side: str = "right") -> Way:
     return lambda animal, texts: [animal.batch(texts, length, side)]
 
 
+def packed(animal: Animal, texts: list[list[int]]) -> Window:
+    """All sentences in one row, one behind the other, as collators that flatten have it: positions tell them apart."""
+    batch = {
+        "input_ids": [token for text in texts for token in text],
+        "position_ids": [position for text in texts for position in range(len(text))],
+        "labels": [label for text in texts for label in (-100, *text[1:])],
+    }
+    batch = {name: torch.tensor([values]) for name, values in batch.items()}
+    return [{**batch, "use_cache": torch.tensor(False)}]  # with a cache models take a row for one sentence
+
+
 def _parts(texts: Sequence[list[int]], sizes: Iterable[int]) -> list[list[list[int]]]:
     rest = list(texts)
     parts = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import ALL, HOOKED, Run, assert_same, longer, train, whole
+from harness import ALL, HOOKED, Run, assert_same, longer, packed, train, whole
 from helpers import assert_near
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +16,7 @@ from hf_eva.capture import Capture
 
 TEXT = [name for name, animal in ZOO.items() if "input_ids" in animal.batch([[2, 3, 4]])]
 ANYWHERE = ("gpt2", "llama", "opt", "qwen2", "mixtral", "t5")  # can be told the positions, or need none
+PACKABLE = ("llama", "qwen2", "mixtral")  # read from positions where a sentence begins
 hooked = pytest.mark.parametrize("config", HOOKED.values(), ids=HOOKED)
 
 
@@ -29,6 +30,12 @@ def test_more_padding_changes_nothing(name, config):
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_padding_on_the_left_changes_nothing(name, config):
     assert_same(train(ZOO[name], config, longer(13, "left")), train(ZOO[name], config, whole), config=config)
+
+
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("name", PACKABLE)
+def test_sentences_packed_into_one_row_need_no_mask(name, config):
+    assert_same(train(ZOO[name], config, packed), train(ZOO[name], config, whole), config=config)
 
 
 @hooked
