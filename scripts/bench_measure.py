@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_eva import EvaConfig, create_eva_optimizer
+from hf_eva.curvature import SEARCH_STEPS
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-6, 0.01, 1.0  # the weights stay where they are: only the work counts
 SMALL = 2, 8  # sentences and tokens of the batch that makes the gradients where only the step is timed
@@ -186,8 +187,9 @@ def make_side(name: str, model: PreTrainedModel) -> Side:
     peer = peers.PEERS[chosen.peer]
     optimizer = peers.build(chosen.peer, own, LR * peer.lr_ratio, WEIGHT_DECAY, 1000, chosen.options)
     side = Side(name, own, optimizer, peer.interval)
-    side.backward(batch_of(model, *SMALL))
-    optimizer.step()
+    for _ in range(SEARCH_STEPS):
+        side.backward(batch_of(model, *SMALL))
+        optimizer.step()
     for state in optimizer.state.values():
         if chosen.peer == "kfac" and isinstance(state["step"], int):  # which inverts at each of its first steps
             state["step"] = peer.interval
