@@ -49,8 +49,10 @@ def run(path: str) -> None:
 
 
 def leave_process_group() -> None:
-    """End the threads of collectives that a script has left running: one that still drops a tensor while Python ends
-    asks for the interpreter's lock, which then ends that thread and with it, now and then, the process by SIGABRT."""
+    """
+    End the threads of collectives that a script has left running. One that still drops a tensor while Python ends asks
+    for the interpreter's lock, which may end that thread, and with it the process by SIGABRT.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

@@ -58,12 +58,12 @@ def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Se
     row_squares = formula.squared_row_norms(matrices)
     weights = torch.stack(torch._foreach_norm([local(layer.weight) for layer in stack.layers])).to(momenta.dtype)
     row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
-    totals, weights = yield from of_rows.sum(row_squares.sum(1), weights)
+    momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
     # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
     steps = seen.updates + config.nesterov
     starts = -torch.expm1(steps * math.log(max(config.momentum, _LEAST_MOMENTUM)))
     corrections, noises = starts * seen.squares.sqrt(), factors.noise_shares(starts, config.momentum, config.nesterov)
-    norms, numel = totals.sqrt(), stack.layers[0].weight.numel()
+    norms, numel = momentum_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
     units = formula.inverse(corrections)
     sizes = norms * units
     largest = factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
@@ -73,10 +73,10 @@ def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Se
     (grams,) = yield from of_columns.sum(correction.grams())
     squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
     correction.apply_(matrices)
-    squares, products, row_squares = yield from of_rows.sum(*map(of_rows.spread, (squares, products, row_squares)))
+    squares, products = yield from of_rows.sum(of_rows.spread(squares), of_rows.spread(products))
     shares = average(step.state, stack, "eva_rows", factors.row_shares(squares), seen.weights)
     scales = factors.row_scales(squares, products, shares, norms, numel, sizes, largest)
-    step.last.keep(stack, row_sums, row_squares, products, squares, scales)
+    step.last.keep(stack, row_sums, momentum_squares, products, squares, scales)
     return of_rows.take(scales)
 
 

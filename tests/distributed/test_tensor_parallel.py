@@ -66,7 +66,7 @@ def loss_of_text(model, step, part=0, parts=1):
     batch = next_tokens(sentences(seed=step))
     labels = batch["labels"][part::parts]
     share = (labels[:, 1:] >= 0).sum() / (batch["labels"][:, 1:] >= 0).sum()
-    return model(**{name: values[part::parts] for name, values in batch.items()}).loss * share.item() * parts
+    return model(**{name: values[part::parts] for name, values in batch.items()}).loss * share * parts
 
 
 def loss_of_numbers(model, step):
