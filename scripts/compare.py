@@ -16,6 +16,7 @@ then delete its rows.
 import argparse
 import math
 import multiprocessing
+import operator
 import os
 import statistics
 import sys
@@ -65,20 +66,23 @@ def wanted(config: Config, results: Results, stages: list[str], pairs: list[tupl
 
 
 def reported_runs(config: Config, results: Results, task: str, optimizer: str, rate: float) -> list[Run]:
-    """Returns the runs on the reported seeds: shorter schedules only where the whole one can meet the target."""
+    """
+    Returns the runs on the reported seeds: shorter schedules only where the whole one meets the target, longer ones
+    only where it does not.
+    """
 
     def at(name: str, rate: float, length: float) -> list[Run]:
         return [config.run(task, name, rate, config.steps(task, length), seed) for seed in config.seeds]
 
-    runs = at(optimizer, rate, 1.0)
+    runs, keep = at(optimizer, rate, 1.0), operator.le
     if optimizer != config.baseline:
         baseline = tuned(config, results, task, config.baseline)
         targets = at(config.baseline, baseline, 1.0) if baseline else []
         if not targets or not all(results.is_settled(run) for run in [*runs, *targets]):
             return runs
         if statistics.fmean(map(results.lowest, runs)) > statistics.fmean(map(results.loss, targets)):
-            return runs
-    return [run for length in config.lengths for run in at(optimizer, rate, length)]
+            keep = operator.ge
+    return [run for length in config.lengths if keep(length, 1) for run in at(optimizer, rate, length)]
 
 
 def count(config: Config, stages: list[str], pairs: list[tuple[str, str]]) -> int:

@@ -128,7 +128,7 @@ def read_outcomes(config: Config, results: Results, runs: pd.DataFrame, times: p
     target = float(baseline.final.mean()) if baseline and len(baseline.final) else math.nan
     outcomes = Outcomes(found, baseline, target if math.isfinite(target) else math.nan, full)
     for one in found.values():
-        for length, curve in sorted(one.curves.items(), reverse=True):
+        for length, curve in sorted(one.curves.items(), key=lambda item: item[0] != 1):  # the whole one first
             steps = crossing(curve.mean(axis=1), outcomes.target)
             if length == 1 or steps < one.steps:
                 one.length, one.steps = length, steps

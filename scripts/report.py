@@ -23,9 +23,10 @@ INTRODUCTION = """
 Target: the mean evaluation loss of the tuned {baseline} at the end of its whole schedule. Time to target: steps to
 target × time per step, in units of the whole training of {baseline}. The mean over the seeds has to meet the target,
 and the schedule that does so after the fewest steps counts, out of {lengths} of the full length; the shorter ones are
-run where the full one gets that low. ± is half a 95 % interval over the seeds; p is Welch's test of the final loss
-against {baseline}; seeds are those that meet the target each by itself; state and memory are those of the optimizer
-alone and of the whole step. † marks a learning rate at the end of those that were tried.
+run where the full one gets that low, the longer ones where it does not. ± is half a 95 % interval over the seeds; p is
+Welch's test of the final loss against {baseline}; seeds are those that meet the target each by itself; state and
+memory are those of the optimizer alone and of the whole step. † marks a learning rate at the end of those that were
+tried.
 """
 
 
@@ -141,8 +142,9 @@ def summary(config: Config, found: dict[str, Outcomes]) -> str:
         ours, theirs = outcomes.all.get(config.subject), outcomes.all.get(other)
         if ours is None or theirs is None or not ours.curves or not theirs.curves:
             return "–"
-        # Where the other never gets there, its whole schedule is the least that it would have taken.
-        ratio = own_time(ours, outcomes) / (own_time(theirs, outcomes) if theirs.is_met else theirs.ratio)
+        # Where the other never gets there, its longest schedule is the least that it would have taken.
+        least = max(theirs.curves) * theirs.ratio
+        ratio = own_time(ours, outcomes) / (own_time(theirs, outcomes) if theirs.is_met else least)
         cell = "not reached" if not ours.is_met else number(ratio) if theirs.is_met else f"< {number(ratio)}"
         if goal := config.goals.get(other, {}).get(task):
             verdict = "open" if math.isnan(ratio) else "met" if ratio <= goal else "not met"

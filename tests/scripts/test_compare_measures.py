@@ -5,6 +5,7 @@ import time
 
 import compare
 import compare_outcomes
+import compare_search
 import compare_timing
 import pandas as pd
 import peers
@@ -83,7 +84,7 @@ def outcomes(settings, tmp_path):
     """The outcomes of made-up curves: AdamW ends at 1.0 after 6 steps, Eva gets there earlier with half the steps."""
 
     def make(eva: dict[int, list[float]]) -> compare_outcomes.Outcomes:
-        config = read_config(write(tmp_path, settings))
+        config = read_config(write(tmp_path, {**settings, "lengths": [2, 1, 0.5]}))
         results = Results(str(tmp_path / "made" / "runs.csv"))
         for optimizer in ("adamw", "eva"):
             while missing := search(config, results, "images", optimizer)[0]:
@@ -103,6 +104,9 @@ def outcomes(settings, tmp_path):
                 for name, ratio in (("adamw", 1.0), ("eva", 1.5))
             ]
         )
+        rate = compare_search.tuned(config, results, "images", "eva")
+        waiting = {run.steps for run in compare.reported_runs(config, results, "images", "eva", rate)}
+        assert waiting == ({6, 3} if 6 in eva and eva[6][-1] <= 1 else {6, 12})
         return compare_outcomes.read_outcomes(config, results, read_runs(results.path), times, "images")
 
     return make
@@ -122,3 +126,8 @@ def test_a_target_that_is_not_met(outcomes):
     found = outcomes({6: [3.0, 2.0, 1.05]})
     assert not found.all["eva"].is_met
     assert found.all["eva"].seed_steps == [pytest.approx(6 - 2 * 0.05 / 0.95), math.inf]
+
+
+def test_a_longer_schedule_may_meet_a_target_that_the_whole_one_does_not(outcomes):
+    found = outcomes({6: [3.0, 2.0, 1.05], 12: [3.0, 1.5, 0.5]})
+    assert (found.all["eva"].length, found.all["eva"].steps) == (2, pytest.approx(10))
