@@ -68,20 +68,21 @@ def wanted(config: Config, results: Results, stages: list[str], pairs: list[tupl
 def reported_runs(config: Config, results: Results, task: str, optimizer: str, rate: float) -> list[Run]:
     """
     Returns the runs on the reported seeds: shorter schedules only where the whole one meets the target, longer ones
-    only where it does not.
+    only where it does not, and only of optimizers that a goal depends on.
     """
 
     def at(name: str, rate: float, length: float) -> list[Run]:
         return [config.run(task, name, rate, config.steps(task, length), seed) for seed in config.seeds]
 
     runs, keep = at(optimizer, rate, 1.0), operator.le
+    has_goal = optimizer == config.subject or task in config.goals.get(optimizer, {})
     if optimizer != config.baseline:
         baseline = tuned(config, results, task, config.baseline)
         targets = at(config.baseline, baseline, 1.0) if baseline else []
         if not targets or not all(results.is_settled(run) for run in [*runs, *targets]):
             return runs
         if statistics.fmean(map(results.lowest, runs)) > statistics.fmean(map(results.loss, targets)):
-            keep = operator.ge
+            keep = operator.ge if has_goal else operator.eq
     return [run for length in config.lengths if keep(length, 1) for run in at(optimizer, rate, length)]
 
 

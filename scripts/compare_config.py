@@ -115,13 +115,14 @@ class Config:
         return list(self.tasks[task].get("optimizers", self.optimizers))
 
     def quick(self) -> "Config":
-        """The subject against the baseline alone, without a search of the learning rate, on two seeds."""
+        """The subject against the baseline alone, on two seeds, without shorter schedules or a search."""
         both = dict.fromkeys([self.baseline, self.subject])
         return replace(
             self,
             name=f"{self.name}-quick",
             seeds=self.seeds[:2],
-            tuning=replace(self.tuning, budget=1),
+            lengths=[1.0],
+            tuning=replace(self.tuning, budget=1, seeds=self.seeds[:1]),  # where nothing is chosen, no run of its own
             optimizers={name: self.optimizers[name] for name in both},
             tasks={task: settings | {"optimizers": list(both)} for task, settings in self.tasks.items()},
             sweep=None,

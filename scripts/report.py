@@ -23,10 +23,10 @@ INTRODUCTION = """
 Target: the mean evaluation loss of the tuned {baseline} at the end of its whole schedule. Time to target: steps to
 target × time per step, in units of the whole training of {baseline}. The mean over the seeds has to meet the target,
 and the schedule that does so after the fewest steps counts, out of {lengths} of the full length; the shorter ones are
-run where the full one gets that low, the longer ones where it does not. ± is half a 95 % interval over the seeds; p is
-Welch's test of the final loss against {baseline}; seeds are those that meet the target each by itself; state and
-memory are those of the optimizer alone and of the whole step. † marks a learning rate at the end of those that were
-tried.
+run where the full one gets that low, the longer ones where it does not and a goal depends on it. ± is half a 95 %
+interval over the seeds; p is Welch's test of the final loss against {baseline}; seeds are those that meet the target
+each by itself; state and memory are those of the optimizer alone and of the whole step. † marks a learning rate at the
+end of those that were tried.
 """
 
 
