@@ -71,7 +71,7 @@ class EvaConfig:
         "every loss scale and batch size; 'absolute' uses it as it is.",
     )
     decay: float = _hyperparameter(
-        0.05, "Weight of the newest statistics in their running averages.", above=0.0, maximum=1.0
+        0.2, "Weight of the newest statistics in their running averages.", above=0.0, maximum=1.0
     )
     g_scale: GScale = _hyperparameter(
         "sum",
@@ -89,7 +89,7 @@ class EvaConfig:
         "update, weight decay is decoupled, all other parameters get AdamW. 'sgd': the gradient is preconditioned and "
         "every parameter gets SGD with momentum.",
     )
-    momentum: float = _hyperparameter(0.95, "Momentum of the base rule.", minimum=0.0, below=1.0)
+    momentum: float = _hyperparameter(0.9, "Momentum of the base rule.", minimum=0.0, below=1.0)
     nesterov: bool = _hyperparameter(True, "Use Nesterov momentum.")
     momentum_dtype: MomentumDtype = _hyperparameter(
         "float32",

@@ -20,7 +20,7 @@ LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice
 NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
 LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it
 SMALL_CHANGE = 4.0  # times smaller than that, a step is no risk to a weight, and need not spread over all directions
-FEWEST = 5.0  # gradients, from fewer of which nothing is known of noise
+FEWEST = 3.0  # gradients, from fewer of which nothing is known of noise
 LEAST_SIGNAL = 0.03  # share of a momentum that counts as signal, whatever is measured
 LEAST_REST = 1e-4  # of a trace; what is less may be rounding
 

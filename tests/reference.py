@@ -111,7 +111,7 @@ def signal(found: Tensor, expected: Tensor, noise: float) -> Tensor:
 
 def trust(size: Tensor, largest: Tensor, noise: float) -> Tensor:
     """1 where a step is at most a quarter of the largest and noise is known, 0 where it is as long as that."""
-    return max(0.0, 1 - 5 * noise) * (torch.log(largest / size) / math.log(4)).clamp(0, 1)
+    return max(0.0, 1 - 3 * noise) * (torch.log(largest / size) / math.log(4)).clamp(0, 1)
 
 
 def agreement(projection: Tensor, values: Tensor) -> Tensor:

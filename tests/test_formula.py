@@ -313,8 +313,8 @@ def test_coarse_steps_and_unknown_noise_are_not_trusted():
     sizes, largest = torch.tensor([2.0, 1.0, 0.5, 0.25, 0.01, 0.0]), torch.ones(6)
     expected = torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
     torch.testing.assert_close(factors.trusts(sizes, largest, torch.zeros(6)), expected)
-    torch.testing.assert_close(factors.trusts(sizes, largest, torch.full((6,), 0.15)), expected / 4)
-    assert (factors.trusts(sizes, largest, torch.full((6,), 0.2 + 1e-6)) == 0).all()
+    torch.testing.assert_close(factors.trusts(sizes, largest, torch.full((6,), 0.25)), expected / 4)
+    assert (factors.trusts(sizes, largest, torch.full((6,), 1 / 3 + 1e-6)) == 0).all()
 
 
 def scales_of(P, M, correction, square, shares=None, largest=1.0):
