@@ -32,7 +32,7 @@ def adamw_step(step: Step) -> None:
     for group in step.groups:
         others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
         embeddings = [parameter for parameter in others if id(parameter) in step.by_rows]
-        squares = [step.squares[id(parameter)] for parameter in embeddings]
+        squares = [step.sizes[id(parameter)].squares for parameter in embeddings]
         base.row_adamw_(embeddings, squares, step.state, group, EMBEDDING_FACTOR, step.sound, low)
         if len(embeddings) < len(others):
             base.adamw_([p for p in others if id(p) not in step.by_rows], step.state, group, step.sound)

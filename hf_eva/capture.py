@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import traced
-from .collectives import sum_over_processes_
+from .collectives import begin_sum_
 from .layers import Layer, LayerKind, working_dtype
 from .masks import MaskScope, scopes_of
 from .shards import is_distributed
@@ -116,13 +116,20 @@ class Capture:
             self._buffer = None
             self._allocated(self.layers[0].weight.device)
 
-    def collect(self, scaler: Any = None) -> list[Statistics]:
+    def collect(self, scaler: Any = None) -> Callable[[], list[Statistics]]:
         """
-        The statistics of the window, one entry per layer, and a new window. Where several processes train it runs one
-        all-reduce, also in a process that called no layer: the others wait for it.
+        End the window, and where several processes train begin the one all-reduce of its sums, also in a process that
+        called no layer: the others wait for it.
+
+        A backward pass cannot begin it: none knows that it is the last before a step, or that a layer is not called
+        once more, and what was sent could not be added to. Between it and the step gradients are clipped at most.
 
         Args:
             scaler (`GradScaler`, *optional*): what has multiplied the loss, and with it all output gradients.
+
+        Returns:
+            `Callable`: to be called once, before the next forward pass. It waits for the sums, begins a new window and
+            returns the statistics, one entry per layer.
 
         Raises:
             RuntimeError: output gradients came in float16, and nothing tells what they were multiplied with.
@@ -134,13 +141,17 @@ class Capture:
                 "torch.amp.GradScaler(enabled=False) where there is none; EvaTrainer does so by itself. Or train in "
                 "bfloat16, or take a variant that does not look at output gradients: 'eva_s' or 'eva_f'."
             )
-        assert self._buffer is not None
         buffer = self._buffer
+        assert buffer is not None
         if self._place != (wanted := self._wanted_place()):  # the model was moved, and then called in a compiled graph
             buffer = buffer.to(*wanted[::-1])
+        return partial(self._receive, buffer, scaler, *begin_sum_(buffer))
+
+    def _receive(self, buffer: Tensor, scaler: Any, processes: int, work: Any) -> list[Statistics]:
         # What the scaler makes of 1: it tells its scale by itself only to a host that waits for it.
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), dtype=buffer.dtype, device=buffer.device))
-        processes = sum_over_processes_(buffer)
+        if work is not None:
+            work.wait()
         statistics = []
         for start, sizes in zip(self._starts, self._sizes, strict=False):
             tokens, a, a_square, g, g_square = buffer.narrow(0, start, sum(sizes)).split(sizes)

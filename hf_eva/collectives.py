@@ -8,17 +8,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def sum_over_processes_(buffer: Tensor) -> int:
+def begin_sum_(buffer: Tensor) -> tuple[int, dist.Work | None]:
     """
-    Sum a buffer over all processes of the default group, in place, with one all-reduce.
+    Begin to sum a buffer over all processes of the default group, in place, with one all-reduce.
 
     Returns:
-        `int`: the number of processes whose buffers were summed; 1 where no process group is running.
+        `tuple(int, Work)`: the number of processes whose buffers are summed, 1 where no process group is running; and
+        what to `wait()` for before the buffer is read or written, `None` where nothing is sent. With NCCL it is the
+        stream that waits and not the host.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return 1
-    dist.all_reduce(buffer)
-    return dist.get_world_size()
+        return 1, None
+    return dist.get_world_size(), dist.all_reduce(buffer, async_op=True)
 
 
 def is_main_process() -> bool:

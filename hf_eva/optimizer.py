@@ -23,7 +23,7 @@ from .shards import align_, refusal
 from .soundness import Watch, can_read
 from .stacks import Scratch, Stack, stacks_of
 from .state import follow_, refuse_other, refuse_unsound
-from .step import Step
+from .step import Step, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,13 @@ class Eva(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        align_(parameter for group in self.param_groups for parameter in group["params"])
-        statistics = self._capture.collect(self.grad_scaler) if self._capture is not None else None
+        receive = self._capture.collect(self.grad_scaler) if self._capture is not None else None
+        try:  # while the sums over processes are on their way
+            align_(parameter for group in self.param_groups for parameter in group["params"])
+            by_rows = self._by_rows
+            sizes = sizes_of(self.param_groups, by_rows) if self.config.variant != "none" else {}
+        finally:  # what fails leaves no half of a window behind
+            statistics = receive() if receive is not None else None
         # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The
         # read of device values happens only where this process has called no layer: another one may have.
         self._is_rehearsal = (
@@ -170,7 +175,8 @@ class Eva(torch.optim.Optimizer):
             groups=self.param_groups,
             stacks=self._stacks(statistics),
             statistics=statistics,
-            by_rows=self._by_rows,
+            by_rows=by_rows,
+            sizes=sizes,
             number=self._steps,
             scratch=self._scratch,
             last=self._last,

@@ -1,10 +1,10 @@
-"""A step as data: what all its parts share, and the first look at all gradients that it begins with."""
+"""A step as data: what all its parts share, and the first look at all numbers that it begins with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +18,35 @@ from .soundness import Watch, squared_norms_of
 from .stacks import Scratch, Stack, State
 
 
+class Size(NamedTuple):
+    """
+    Of a gradient `‖G‖²`, 0-dim, and the same once more; of an embedding the mean squares of the rows that this process
+    holds, `(rows, 1)`, and the sum of those of all rows.
+    """
+
+    squares: Tensor
+    total: Tensor
+
+
+def sizes_of(groups: Sequence[dict[str, Any]], by_rows: set[int]) -> dict[int, Size]:
+    """The sizes of all gradients, by the id of the parameter; `by_rows` as in [`Step`]."""
+    present = [p for group in groups for p in group["params"] if p.grad is not None]
+    embeddings = [parameter for parameter in present if id(parameter) in by_rows]
+    others = [parameter for parameter in present if id(parameter) not in by_rows]
+    found = zip(others, squared_norms_of([local(parameter.grad) for parameter in others]), strict=True)
+    routines = [*(_rows_and_sum(p) for p in embeddings), *(_sum(p, square) for p, square in found)]
+    return dict(zip(map(id, embeddings + others), together(routines), strict=True))
+
+
 @dataclass
 class Step:
     """
     What all parts of one step share.
 
     `stacks` are the layers that it preconditions, `statistics` those of all planned layers where they are captured,
-    and `by_rows` the ids of the weights of embeddings. `number` counts steps from 1. The first look tells `squares`,
-    `‖G‖²` by the id of the parameter, 0-dim, or for embeddings the mean squares of rows, `(rows, 1)`; and `sound`,
-    which says on the device whether there is a step, and is `None` where there is.
+    and `by_rows` the ids of the weights of embeddings. `sizes` are those of all gradients, see [`sizes_of`]. `number`
+    counts steps from 1. The first look tells `sound`, which says on the device whether there is a step, and is `None`
+    where there is.
     """
 
     config: EvaConfig
@@ -35,24 +55,18 @@ class Step:
     stacks: Sequence[Stack]
     statistics: Sequence[Statistics] | None
     by_rows: set[int]
+    sizes: dict[int, Size]
     number: int
     scratch: Scratch
     last: LastStep
-    squares: dict[int, Tensor] = field(default_factory=dict)
     sound: Tensor | None = None
 
     def look(self, watch: Watch) -> None:
-        """Judge all gradients and statistics; not without preconditioning, where nothing is to differ from torch."""
-        present = [p for group in self.groups for p in group["params"] if p.grad is not None]
-        if self.config.variant == "none" or not present:
+        """Judge all gradients and statistics."""
+        if not self.sizes:
             return
-        embeddings = [parameter for parameter in present if id(parameter) in self.by_rows]
-        others = [parameter for parameter in present if id(parameter) not in self.by_rows]
-        found = zip(others, squared_norms_of([local(parameter.grad) for parameter in others]), strict=True)
-        routines = [*(_rows_and_sum(p) for p in embeddings), *(_sum(p, square) for p, square in found)]
-        sums = dict(zip(map(id, embeddings + others), together(routines), strict=True))
-        self.squares = {parameter: square for parameter, (square, _) in sums.items()}
-        numbers = [(parameter, sums[id(parameter)][1]) for parameter in present]
+        parameters = [p for group in self.groups for p in group["params"] if id(p) in self.sizes]
+        numbers = [(parameter, self.sizes[id(parameter)].total) for parameter in parameters]
         if self.statistics is not None:
             used = [pair for stack in self.stacks for pair in zip(stack.weights, stack.indices, strict=True)]
             numbers += [(weight, self.statistics[index].a_square) for weight, index in used]
@@ -61,21 +75,20 @@ class Step:
 
     def squares_of(self, weights: Sequence[Tensor]) -> Tensor:
         """`‖G‖²` of the weights of a stack, `(n,)`."""
-        return torch.stack([self.squares[id(weight)] for weight in weights])
+        return torch.stack([self.sizes[id(weight)].squares for weight in weights])
 
     def sound_on(self, tensor: Tensor) -> Tensor | None:
         """`sound`, where a tensor is."""
         return None if self.sound is None else self.sound.to(tensor.device)
 
 
-def _rows_and_sum(embedding: Tensor) -> Routine[tuple[Tensor, Tensor]]:
-    """The mean squares of rows that this process holds, and the sum of those of all rows."""
+def _rows_and_sum(embedding: Tensor) -> Routine[Size]:
     rows, columns = axes_of(embedding)
     (squares,) = yield from columns.sum(base.mean_squares(embedding))
     (total,) = yield from rows.sum(squares.sum())
-    return squares, total
+    return Size(squares, total)
 
 
-def _sum(parameter: Tensor, square: Tensor) -> Routine[tuple[Tensor, Tensor]]:
+def _sum(parameter: Tensor, square: Tensor) -> Routine[Size]:
     total = yield from whole_sum(parameter, square)
-    return total, total
+    return Size(total, total)

@@ -209,7 +209,7 @@ def gathered(capture) -> dict[str, torch.Tensor]:
     """All statistics of the window, by layer and name."""
     return {
         f"{layer.name} {name}": value.clone()
-        for layer, statistics in zip(capture.layers, capture.collect(), strict=True)
+        for layer, statistics in zip(capture.layers, capture.collect()(), strict=True)
         for name, value in vars(statistics).items()
     }
 

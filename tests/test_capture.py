@@ -66,7 +66,7 @@ def test_without_output_gradients_only_inputs_are_summed():
 @pytest.mark.parametrize(("variant", "numbers"), [("eva", 18 + 16 + 3 * 3), ("eva_f", 18 + 3 * 2)])
 def test_a_step_sends_what_its_variant_needs_at_once(variant, numbers, monkeypatch):
     sent = []
-    monkeypatch.setattr(hf_eva.capture, "sum_over_processes_", lambda buffer: sent.append(len(buffer)) or 1)
+    monkeypatch.setattr(hf_eva.capture, "begin_sum_", lambda buffer: sent.append(len(buffer)) or (1, None))
     model = mlp()
     optimizer = create_eva_optimizer(model, config=EvaConfig(variant=variant))
     for _ in range(2):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -39,6 +40,21 @@ def test_a_window_without_a_step_does_not_leak(clear):
     optimizer.step()
     state = optimizer.state[model[0].weight]
     assert_near([state["eva_a"], state["eva_g"]], [wanted["0 a"], wanted["0 g"]], 1e-12)
+
+
+def test_a_window_ends_with_a_step_that_fails(monkeypatch):
+    model = mlp()
+    optimizer = create_eva_optimizer(model, lr=0.0, config=EvaConfig(variant="eva", decay=1.0))
+    first, second = losses(data(model, 2))
+    wanted = expected(model, second)
+    first(model).backward()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "_foreach_norm", Mock(side_effect=torch.OutOfMemoryError))
+        optimizer.step()
+    model.zero_grad()
+    second(model).backward()
+    optimizer.step()
+    assert_near([optimizer.state[model[0].weight]["eva_a"]], [wanted["0 a"]], 1e-12)
 
 
 def test_an_evaluation_between_micro_batches_does_not_end_the_window():

@@ -303,7 +303,7 @@ def test_the_bytes_that_are_sent_are_those_of_the_buffer(config):
     found = plan(model, config=config)
     assert bool(found.sent_bytes) == config.needs_inputs == ("sent in a step" in found.summary())
     if config.needs_inputs:
-        with patch.object(capture, "sum_over_processes_", side_effect=lambda buffer: sent.append(buffer.nbytes) or 1):
+        with patch.object(capture, "begin_sum_", side_effect=lambda buffer: sent.append(buffer.nbytes) or (1, None)):
             sent = []
             create_eva_optimizer(model, config=config).step()
         assert sent == [found.sent_bytes]

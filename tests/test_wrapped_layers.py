@@ -67,7 +67,7 @@ def test_adapters_see_each_token_once(use_dora):
     capture = Capture(model, plan(model).layers, True)
     model(**batch()).loss.backward()
     tokens = int(batch()["attention_mask"].sum())
-    for layer, found in zip(capture.layers, capture.collect(), strict=True):
+    for layer, found in zip(capture.layers, capture.collect()(), strict=True):
         if "lora" in layer.name:
             assert found.tokens == tokens
             if "lora_B" in layer.name:  # a sum over tokens of output gradients, as the bias would have had

@@ -69,6 +69,53 @@ def test_one_sum_per_step_and_only_where_inputs_are_needed(name, of_all_processe
     assert {found[name]["sent"] for found in of_all_processes} == {expected}
 
 
+def step_late(rank, name):
+    """
+    What a step does with the sum of its statistics, and its norms, in order. The second process begins its step when
+    the first has computed its norms, which one that waited for the sum first would never do.
+    """
+    torch.manual_seed(0)
+    model, events, others = mlp(), [], dist.new_group()
+    optimizer = create_eva_optimizer(model, lr=0.01, config=CONFIGS[name])
+    wrapped = DistributedDataParallel(model)
+    send, norms = dist.all_reduce, torch._foreach_norm
+
+    class Work:
+        def __init__(self, *args, **kwargs):
+            events.append("sent")
+            self.work = send(*args, **kwargs)
+
+        def wait(self):
+            events.append("waited")
+            return self.work.wait()
+
+    def measure(*args):
+        if rank == 0 and events == ["sent"]:
+            dist.barrier(group=others)
+        events.append("norms")
+        return norms(*args)
+
+    x, y = micro_batches(0)[rank]
+    F.mse_loss(wrapped(x), y).backward()
+    with patch.object(dist, "all_reduce", Work), patch.object(torch, "_foreach_norm", measure):
+        if rank == 1:
+            dist.barrier(group=others)
+        optimizer.step()
+    return events, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def step_all_late(rank):
+    return {name: step_late(rank, name) for name, config in CONFIGS.items() if config.needs_inputs}
+
+
+def test_the_sum_is_on_its_way_while_norms_are_computed():
+    first, second = world.run(step_all_late, 2)
+    for name, (events, weights) in first.items():
+        assert events[:3] == second[name][0][:3] == ["sent", "norms", "waited"]
+        assert events.count("sent") == events.count("waited") == 1
+        assert_equal(weights, second[name][1])
+
+
 class Branches(torch.nn.Module):
     """Two layers, of which a batch uses the first only or both."""
 

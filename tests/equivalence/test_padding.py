@@ -67,7 +67,7 @@ def test_checkpointing_over_several_forward_passes_warns_where_it_forgets(use_re
         capture = Capture(model, plan(model).layers, True)
         losses = [model(**ZOO["bert"].batch(sentences(seed=seed))).loss for seed in (0, 1)]
         sum(losses).backward()
-        return {layer.name: found.a for layer, found in zip(capture.layers, capture.collect(), strict=True)}
+        return {layer.name: found.a for layer, found in zip(capture.layers, capture.collect()(), strict=True)}
 
     model = ZOO["bert"].build().double()
     expected = statistics(model)
@@ -101,7 +101,7 @@ def means_of(model, *args, **kwargs) -> tuple[float, list[float]]:
     """How many tokens the layer counts, and their mean."""
     capture = Capture(model, plan(model).layers, True)
     model(*args, **kwargs).nan_to_num().sum().backward()
-    (found,) = capture.collect()
+    (found,) = capture.collect()()
     capture.detach()
     return found.tokens.item(), found.a.tolist()
 
@@ -153,7 +153,7 @@ def test_the_mask_of_an_earlier_batch_is_forgotten():
     capture = Capture(model, plan(model).layers, True)
     model(X, torch.zeros(2, 3)).sum().backward()
     model(X).sum().backward()
-    assert capture.collect()[0].tokens == 6
+    assert capture.collect()()[0].tokens == 6
 
 
 def test_an_evaluation_does_not_change_the_mask():
@@ -169,7 +169,7 @@ def test_an_evaluation_does_not_change_the_mask():
     with torch.no_grad():
         model(X)
     out.sum().backward()
-    assert capture.collect()[0].tokens == 3
+    assert capture.collect()()[0].tokens == 3
 
 
 # Models within models ------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_an_evaluation_does_not_change_the_mask():
 def tokens_of(model, batch) -> dict[str, int]:
     capture = Capture(model, plan(model).layers, True)
     model(**batch).loss.backward()
-    return {layer.name: int(found.tokens) for layer, found in zip(capture.layers, capture.collect(), strict=True)}
+    return {layer.name: int(found.tokens) for layer, found in zip(capture.layers, capture.collect()(), strict=True)}
 
 
 @pytest.mark.parametrize("with_mask", [True, False])

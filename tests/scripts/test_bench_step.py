@@ -251,7 +251,7 @@ def test_targets_are_judged_by_the_ratios():
 @pytest.mark.parametrize("variant", bench_wire.VARIANTS)
 def test_the_bytes_of_statistics_are_those_that_are_sent(variant, monkeypatch):
     sent = []
-    monkeypatch.setattr("hf_eva.capture.sum_over_processes_", lambda buffer: sent.append(buffer.nbytes) or 1)
+    monkeypatch.setattr("hf_eva.capture.begin_sum_", lambda buffer: sent.append(buffer.nbytes) or (1, None))
     model = gpt2()
     optimizer = hf_eva.create_eva_optimizer(model, config=hf_eva.EvaConfig(variant=variant))
     ids = torch.arange(12).view(2, 6)
