@@ -83,7 +83,9 @@ class Eva(torch.optim.Optimizer):
         self.config = config or EvaConfig()
         params = list(params)  # type: ignore[assignment]
         # Without layers SGD is torch's, bit for bit, whose default is another implementation.
-        if foreach is None and fused is None and (self.config.base == "adamw" or self.config.variant != "none"):
+        is_open = foreach is None and fused is None
+        self._picks_rule = is_open and (self.config.base == "adamw" or self.config.variant != "none")
+        if self._picks_rule:
             fused = base.can_fuse(params) or None
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "foreach": foreach, "fused": fused})
@@ -248,6 +250,13 @@ class Eva(torch.optim.Optimizer):
         return self._stacked[1]
 
     def _follow(self) -> None:
+        """Bring the state, and the choice of the base rule's implementation, to where the parameters are now."""
+        if self._picks_rule:
+            fused = base.can_fuse(self.param_groups) or None
+            for group in self.param_groups:
+                group["fused"] = fused
+        if not self.layers:
+            return
         momenta = {id(layer.weight): "momentum_buffer" for layer in self.layers}
         follow_(self.state, self.param_groups, momenta | dict.fromkeys(self._by_rows, "exp_avg"), self.config)
 
@@ -298,8 +307,7 @@ class Eva(torch.optim.Optimizer):
                     # count of steps as AdamW wants it.
                     if key != "step" or id(parameter) in by_rows:
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
-        if self.layers:
-            self._follow()
+        self._follow()
         if self._capture is not None:
             self._capture.start_window()
 

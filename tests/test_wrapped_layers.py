@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zoo import ZOO, Batch, sentences
 from hf_eva import base, create_eva_optimizer, plan
 from hf_eva.adamw_step import EMBEDDING_FACTOR
 from hf_eva.capture import Capture
+from hf_eva.soundness import Watch
 
 VARIANTS = {name: CONFIGS[name] for name in ("eva", "eva_f", "rank_3")}
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -251,8 +253,8 @@ def test_computed_weights_get_the_base_rule(config):
 # Moves and copies ----------------------------------------------------------------------------------------------------
 
 
-def steps(model, optimizer, count=2):
-    for seed in range(count):
+def steps(model, optimizer, count=2, first=0):
+    for seed in range(first, first + count):
         losses(data(model, seed=seed))[0](model).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -273,13 +275,48 @@ def test_a_model_may_change_its_precision_before_it_is_trained(config):
 
 
 @every_config
-def test_a_model_may_change_its_precision_while_it_is_trained(config):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_may_change_its_precision_while_it_is_trained(config, dtype):
+    """There and back, as by a new optimizer that has loaded the state: also the base rule suits the precision."""
     model = mlp(dtype=torch.float32)
-    optimizer = create_eva_optimizer(model, lr=0.01, config=config)
+    settings = {"lr": 0.01, "config": config, "grad_scaler": torch.amp.GradScaler(enabled=False)}
+    optimizer = create_eva_optimizer(model, **settings)
     steps(model, optimizer)
-    model.to(torch.float64)
-    steps(model, optimizer)
-    assert all(value.isfinite().all() for value in model.parameters())
+    for now, moment in ((dtype, 2), (torch.float32, 4)):
+        expected = copy.deepcopy(model).to(now)
+        other = create_eva_optimizer(expected, **settings)
+        assert other.param_groups[0]["fused"] == ((now.itemsize > 2) or None)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        model.to(now)
+        for one, rule in ((model, optimizer), (expected, other)):
+            steps(one, rule, first=moment)
+            assert rule.param_groups[0]["fused"] == ((now.itemsize > 2) or None)
+        assert_equal(model, expected)
+        assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+
+
+@every_config
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_model_may_change_its_device(config, before, monkeypatch):
+    """The meta device stands for others: it has no number that a host could read, and refuses what lies elsewhere."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr("hf_eva.optimizer.can_read", lambda flags: False)
+    monkeypatch.setattr(Watch, "_note", lambda *args: None)
+    model = nn.Sequential(nn.Embedding(3, 6), *mlp()).double()
+    optimizer = create_eva_optimizer(model, config=config)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # otherwise parameters are replaced there
+    try:
+        for device, count in (("cpu", before), ("meta", 2)):
+            model.to(device)
+            for _ in range(count):
+                model(torch.zeros(4, 5, dtype=torch.long, device=device)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    for parameter, state in optimizer.state.items():
+        assert {value.device for key, value in state.items() if key != "step"} == {parameter.device}
+    assert all("eva_updates" in optimizer.state[layer.weight] for layer in optimizer.layers)
 
 
 @pytest.mark.parametrize("replaced", ["by a copy", "by a computed weight"])
