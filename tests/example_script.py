@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from tiny_training import data, model
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 @dataclass
 class DataArguments:
     num_samples: int = field(default=16, metadata={"help": "Sequences to train on."})
+    dropout: float = field(default=0.1, metadata={"help": "Of the whole model."})
 
 
 class CountingTrainer(Trainer):
@@ -26,8 +28,11 @@ def main() -> None:
         data_args, args = parser.parse_json_file(sys.argv[1])
     else:
         data_args, args = parser.parse_args_into_dataclasses()
-    rows = data(data_args.num_samples)
-    trainer = CountingTrainer(model(), args, train_dataset=rows, eval_dataset=rows)
+    rows, network = data(data_args.num_samples), model()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = data_args.dropout
+    trainer = CountingTrainer(network, args, train_dataset=rows, eval_dataset=rows)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -25,28 +25,31 @@ def micro_batches(step):
     return [tuple(torch.randn(s, generator=generator, dtype=torch.float64) + 2 for s in pair) for pair in shapes]
 
 
-def train(config, rank=0, processes=1):
-    """The weights after some steps of one of several processes, which share the micro-batches."""
+def train(config, rank=0, processes=1, steps=range(STEPS), saved=None):
+    """Some steps of one of several processes, which share the micro-batches; what is left can be `saved` for more."""
     torch.manual_seed(0)
     model = mlp()
     optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=config)
+    if saved is not None:
+        model.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["state"])
     wrapped = model if processes == 1 else DistributedDataParallel(model)
-    for step in range(STEPS):
+    for step in steps:
         *others, last = micro_batches(step)[rank::processes]
         for x, y in (*others, last):
             with wrapped.no_sync() if processes > 1 and x is not last[0] else nullcontext():
                 (processes * F.mse_loss(wrapped(x), y, reduction="sum") / sum(TOKENS)).backward()
         optimizer.step()
         wrapped.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {"weights": model.state_dict(), "state": optimizer.state_dict()}
 
 
 def train_all(rank, processes):
-    """For each config the weights, and how often the package has sent something."""
+    """For each config what is left, and how often the package has sent something."""
     found = {}
     for name, config in CONFIGS.items():
         with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sent:
-            found[name] = {"weights": train(config, rank, processes), "sent": sent.call_count}
+            found[name] = {**train(config, rank, processes), "sent": sent.call_count}
     return found
 
 
@@ -60,7 +63,13 @@ def test_processes_train_as_one(name, of_all_processes):
     first, *others = (found[name]["weights"] for found in of_all_processes)
     for other in others:
         assert_equal(first, other)
-    assert_near(first, train(CONFIGS[name]), 1e-10)
+    assert_near(first, train(CONFIGS[name])["weights"], 1e-10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_several_processes_have_saved_resumes_on_one(name, of_all_processes):
+    more = train(CONFIGS[name], steps=range(STEPS, STEPS + 2), saved=of_all_processes[-1][name])
+    assert_near(more["weights"], train(CONFIGS[name], steps=range(STEPS + 2))["weights"], 1e-10)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -117,31 +126,48 @@ def test_the_sum_is_on_its_way_while_norms_are_computed():
 
 
 class Branches(torch.nn.Module):
-    """Two layers, of which a batch uses the first only or both."""
+    """Two layers, of which a batch uses none, the first or both."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.layers, self.scale = (
+            torch.nn.Sequential(*mlp()[:1], torch.nn.Linear(5, 5)),
+            torch.nn.Parameter(torch.ones(1)),
+        )
+        self.double()
 
-    def forward(self, x, both):
-        return self.second(self.first(x)) if both else self.first(x)
+    def forward(self, x, used):
+        return self.layers[:used](self.scale * x)
 
 
-def train_branches(rank):
+USED = ((2, 1), (2, 0), (0, 2), (2, 1))  # layers in each step, by the first batch and by the second
+
+
+def train_branches(rank, name):
+    """One of two processes, or without a rank both of them in one."""
     torch.manual_seed(0)
     model = Branches()
-    optimizer = create_eva_optimizer(model, lr=0.01, config=CONFIGS["eva"])
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    for _ in range(3):
-        wrapped(torch.ones(2, 3), both=rank == 0).square().sum().backward()
+    optimizer = create_eva_optimizer(model, lr=0.01, config=CONFIGS[name])
+    wrapped = model if rank is None else DistributedDataParallel(model, find_unused_parameters=True)
+    for step, used in enumerate(USED):
+        parts = range(2) if rank is None else (rank,)
+        for part in parts:
+            x = torch.randn(2 + part, 6, generator=torch.Generator().manual_seed(step)).double() + part
+            (wrapped(x, used[part]).square().mean() / len(parts)).backward()
         optimizer.step()
         wrapped.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return model.state_dict()
 
 
-def test_a_layer_that_one_process_does_not_use():
-    first, second = world.run(train_branches, 2)
-    assert_equal(first, second)
+def train_all_branches(rank):
+    return {name: train_branches(rank, name) for name in CONFIGS}
+
+
+def test_layers_that_one_process_does_not_use():
+    first, second = world.run(train_all_branches, 2)
+    for name in CONFIGS:
+        assert_equal(first[name], second[name])
+        assert_near(first[name], train_branches(None, name), 1e-10)
 
 
 def fail_in_the_second(rank):

@@ -239,8 +239,9 @@ def test_four_processes_some_without_rows_and_replicas_of_two(tmp_path):
     for other in others:
         for case, one in found.items():
             assert_equal(one["weights"], other[case]["weights"])
-    (first, _) = world.run(resumed_in_two, 2, str(tmp_path))
-    assert_near(first, expected["gpt2", "rank_3"], 1e-10)
+    resumed = *world.run(resumed_in_two, 2, str(tmp_path)), weights_of("gpt2", "rank_3", steps=2, state=tmp_path)
+    for one in resumed:  # on two processes and on one
+        assert_near(one, expected["gpt2", "rank_3"], 1e-10)
 
 
 def test_other_ways_to_shard_are_refused_with_a_sentence(of_two_processes):
