@@ -135,10 +135,9 @@ def test_the_memory_format_does_not_matter(config):
 @every_config
 def test_autocast_trains_nearly_as_float32_does(config):
     """Whether it ends before the backward pass, as it should, or with the step."""
-    models = [mlp(dtype=torch.float32) for _ in range(3)]
-    optimizers = []
+    first = mlp(dtype=torch.float32)
+    models = [first, copy.deepcopy(first), copy.deepcopy(first)]
     for model, (forward, step) in zip(models, ((False, False), (True, False), (True, True)), strict=True):
-        model.load_state_dict(models[0].state_dict())
         optimizer = create_eva_optimizer(model, lr=0.01, config=config)
         for seed in range(4):
             with torch.autocast("cpu", torch.bfloat16, enabled=step):
@@ -147,12 +146,10 @@ def test_autocast_trains_nearly_as_float32_does(config):
                 loss.backward()
                 optimizer.step()
             optimizer.zero_grad()
-        optimizers.append(optimizer)
     float32, expected, found = models
     assert_near(expected, float32, 1e-2, 1e-3)
     assert_equal(found, expected)
-    states = [value for state in optimizers[2].state.values() for value in state.values()]
-    assert {value.dtype for value in states} == {torch.float32}
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
 
 
 # Manners -------------------------------------------------------------------------------------------------------------
