@@ -271,7 +271,7 @@ def test_the_smallest_layers_learn(config, shape, tokens, bias):
 RECIPES = [name for name, config in CONFIGS.items() if config.base == "adamw"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30], ids=str)
 @pytest.mark.parametrize("what", ["weights", "gradients"])
 def test_numbers_of_every_size(name, scale, what):
