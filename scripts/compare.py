@@ -59,7 +59,7 @@ def wanted(config: Config, results: Results, stages: list[str], pairs: list[tupl
         if "run" in stages:
             reported += reported_runs(config, results, task, optimizer, rate)
         if "sweep" in stages and config.sweep and optimizer in config.sweep.optimizers:
-            seed, steps = config.tuning.seeds[0], config.steps(task)
+            seed, steps = config.tuning_seeds(task)[0], config.steps(task)
             sweeps += [config.run(task, optimizer, rate * factor, steps, seed) for factor in config.sweep.factors]
     runs = {run.key: run for run in [*searches, *reported, *sweeps]}
     return [run for run in runs.values() if not results.is_settled(run)]
@@ -89,11 +89,11 @@ def reported_runs(config: Config, results: Results, task: str, optimizer: str, r
 def count(config: Config, stages: list[str], pairs: list[tuple[str, str]]) -> int:
     """How many runs there are in all, those that are not known yet included."""
     each = {
-        "tune": config.tuning.budget * len(config.tuning.seeds),
-        "run": len(config.lengths) * len(config.seeds),
+        "tune": sum(config.tuning.budget * len(config.tuning_seeds(task)) for task, _ in pairs),
+        "run": len(pairs) * len(config.lengths) * len(config.seeds),
     }
     swept = [pair for pair in pairs if config.sweep and pair[1] in config.sweep.optimizers]
-    total = len(pairs) * sum(each.get(stage, 0) for stage in stages)
+    total = sum(each.get(stage, 0) for stage in stages)
     return total + ("sweep" in stages) * len(swept) * len(config.sweep.factors if config.sweep else [])
 
 
@@ -227,7 +227,7 @@ def time_all(config: Config, results: Results, pairs: list[tuple[str, str]], arg
         jobs = {}
         for name in dict.fromkeys([config.baseline, *(name for other, name in pairs if other == task)]):
             rate = tuned(config, results, task, name) or config.start(task, name)
-            jobs[name] = job_of(config, config.run(task, name, rate, config.steps(task), config.tuning.seeds[0]))
+            jobs[name] = job_of(config, config.run(task, name, rate, config.steps(task), config.tuning_seeds(task)[0]))
         table = read_times(path)
         known = set(table[(table[PLACE] == pd.Series(place)).all(axis=1)]["digest"])
         missing = {name: job for name, job in jobs.items() if args.retime or config.digest(task, name) not in known}

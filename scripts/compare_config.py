@@ -114,6 +114,11 @@ class Config:
         """The optimizers that are compared on a task: all, unless it has a list of its own."""
         return list(self.tasks[task].get("optimizers", self.optimizers))
 
+    def tuning_seeds(self, task: str) -> list[int]:
+        """The seeds of the search on a task: those of all, unless its losses differ much between seeds."""
+        seeds = self.tasks[task].get("tuning_seeds", self.tuning.seeds)
+        return _convert(list[int], seeds, f"tasks.{task}.tuning_seeds")
+
     def quick(self) -> "Config":
         """The subject against the baseline alone, on two seeds, without shorter schedules or a search."""
         both = dict.fromkeys([self.baseline, self.subject])
@@ -122,9 +127,12 @@ class Config:
             name=f"{self.name}-quick",
             seeds=self.seeds[:2],
             lengths=[1.0],
-            tuning=replace(self.tuning, budget=1, seeds=self.seeds[:1]),  # where nothing is chosen, no run of its own
+            tuning=replace(self.tuning, budget=1, seeds=self.seeds[:1]),  # nothing is chosen: no runs of its own
             optimizers={name: self.optimizers[name] for name in both},
-            tasks={task: settings | {"optimizers": list(both)} for task, settings in self.tasks.items()},
+            tasks={
+                task: settings | {"optimizers": list(both), "tuning_seeds": self.seeds[:1]}
+                for task, settings in self.tasks.items()
+            },
             sweep=None,
             timing=replace(self.timing, rounds=min(3, self.timing.rounds)),
             highlight=[self.subject, self.baseline],
@@ -207,12 +215,12 @@ def _check(config: Config) -> None:
         raise ValueError("tasks should name at least one task")
     for task in tasks:
         check_names(f"tasks.{task}.optimizers", config.contenders(task), optimizers)
+        if shared := set(config.seeds) & set(config.tuning_seeds(task)):
+            raise ValueError(f"seed {shared.pop()} is in seeds and in tuning.seeds: what is tuned on is not reported")
         if config.baseline not in config.contenders(task):
             raise ValueError(f"tasks.{task}.optimizers should name the baseline, {config.baseline}")
     if not config.name.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"name should be made of letters, digits, - and _, got {config.name!r}")
-    if shared := set(config.seeds) & set(config.tuning.seeds):
-        raise ValueError(f"seed {shared.pop()} is in seeds and in tuning.seeds: what is tuned on cannot be reported")
     if config.tuning.factor <= 1:
         raise ValueError(f"tuning.factor should be above 1, got {config.tuning.factor}")
     if 1 not in config.lengths:
@@ -262,7 +270,7 @@ def _task(name: str, settings: dict) -> Task:
     known = [f.name for kind in KINDS for f in fields(kind)]
     words = read_recipe(settings["recipe"], known) if "recipe" in settings else []
     for key, value in settings.items():
-        if key in ("recipe", "optimizers"):
+        if key in ("recipe", "optimizers", "tuning_seeds"):
             continue
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}{near_miss(key, known)}")

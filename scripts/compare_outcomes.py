@@ -152,6 +152,6 @@ def swept(config: Config, results: Results, task: str, name: str, outcomes: Outc
     if name not in outcomes.all:
         return {}
     rates = [outcomes.all[name].lr * factor for factor in config.sweep.factors]
-    seed, steps = config.tuning.seeds[0], config.steps(task)
+    seed, steps = config.tuning_seeds(task)[0], config.steps(task)
     runs = [config.run(task, name, rate, steps, seed) for rate in rates]
     return {run.lr: results.loss(run) for run in runs if results.is_settled(run)}

@@ -35,13 +35,14 @@ def next_exponents(scores: dict[float, float], budget: int) -> list[float]:
 def search(config: Config, results: Results, task: str, optimizer: str) -> tuple[list[Run], dict[float, float]]:
     """Replays the search of a learning rate: the runs that it waits for, if any, and the loss by learning rate."""
     tuning, start, steps = config.tuning, config.start(task, optimizer), config.steps(task)
+    seeds = config.tuning_seeds(task)
     scores: dict[float, float] = {}
     rates: dict[float, float] = {}
     while exponents := next_exponents(scores, tuning.budget):
         missing = []
         for exponent in exponents:
             rate = start * tuning.factor**exponent
-            runs = [config.run(task, optimizer, rate, steps, seed) for seed in tuning.seeds]
+            runs = [config.run(task, optimizer, rate, steps, seed) for seed in seeds]
             missing += [run for run in runs if not results.is_settled(run)]
             loss = statistics.fmean(results.loss(run) for run in runs)
             scores[exponent] = loss if math.isfinite(loss) else math.inf

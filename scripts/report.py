@@ -189,10 +189,13 @@ def conditions(config: Config, times: pd.DataFrame, source: str) -> str:
         {config.digest(task, name) for task in config.tasks for name in config.contenders(task)},
     )
     places = times[times["digest"].isin(known)][["machine", "device", "versions"]].drop_duplicates()
+    by_task = {task: ", ".join(map(str, config.tuning_seeds(task))) for task in config.tasks}
+    usual = ", ".join(map(str, tuning.seeds))
+    seeds = [usual, *(f"on {task} {own}" for task, own in by_task.items() if own != usual)]
     lines = [
         f"- `python scripts/compare.py {source}`",
         f"- learning rates: {tuning.budget} tried for every optimizer and task, on a grid of factor {tuning.factor:g} "
-        f"refined around the best, by the mean final loss over the seeds {', '.join(map(str, tuning.seeds))}",
+        f"refined around the best, by the mean final loss over the seeds {'; '.join(seeds)}",
         f"- results: seeds {', '.join(map(str, config.seeds))}, {config.evaluations} evaluations in each run",
         f"- times: median of {config.timing.rounds} rounds, all optimizers of a task in turns in one process; memory: "
         "each optimizer by itself",

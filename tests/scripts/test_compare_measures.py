@@ -112,6 +112,17 @@ def outcomes(settings, tmp_path):
     return make
 
 
+def test_a_task_may_be_searched_on_more_seeds(settings, tmp_path):
+    settings["tasks"]["images"]["tuning_seeds"] = [100, 101]
+    config, results = read_config(write(tmp_path, settings)), Results(str(tmp_path / "made" / "runs.csv"))
+    while missing := search(config, results, "images", "eva")[0]:
+        for run in missing:  # on the first seed alone the lowest rate would win
+            results.add(run, "ok", [{"step": 6, "eval_loss": run.lr if run.seed == 100 else 2 / run.lr}])
+    rates = search(config, results, "images", "eva")[1]
+    assert compare_search.tuned(config, results, "images", "eva") > min(rates)
+    assert config.quick().tuning_seeds("images") == config.seeds[:1]
+
+
 def test_the_schedule_that_meets_the_target_first_counts(outcomes):
     found = outcomes({6: [3.0, 1.5, 0.5], 3: [2.0, 1.2, 0.8]})
     assert found.target == pytest.approx(1.0)
