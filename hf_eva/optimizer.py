@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, overload
 
@@ -152,7 +153,8 @@ class Eva(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         device = next(parameter.device for group in self.param_groups for parameter in group["params"])
-        with torch.autocast(device.type, enabled=False):  # of a loop that steps inside its context
+        # A loop may step inside its autocast.
+        with torch.autocast(device.type, enabled=False), _products_in_full():
             self._step()
         return loss
 
@@ -319,6 +321,32 @@ class Eva(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}\nlayers: {len(self.layers)}\nconfig: {self.config}\n)"
+
+
+@contextmanager
+def _products_in_full() -> Iterator[None]:
+    """
+    Products of float32 as they are, where a training lets those of its model be rounded, to TF32 or to bfloat16: bases
+    are found from inner products of vectors that are nearly dependent. With 16 columns, none would be faster for it.
+    """
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    allowed = [(kind, kind.fp32_precision) for kind in kinds]
+    rounding = [(kind, precision) for kind, precision in allowed if precision not in ("none", "ieee")]
+    try:
+        for kind, _ in rounding:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in rounding:
+            kind.fp32_precision = precision
 
 
 def _refusal_of(layer: Layer, gradient: Tensor) -> str:

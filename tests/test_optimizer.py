@@ -20,7 +20,8 @@ from helpers import (
     mlp,
     train,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hf_eva import Eva, EvaConfig, create_eva_optimizer, plan
 
@@ -150,6 +151,62 @@ def test_autocast_trains_nearly_as_float32_does(config):
     assert_near(expected, float32, 1e-2, 1e-3)
     assert_equal(found, expected)
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+
+
+class RoundedProducts(TorchFunctionMode):
+    """What a GPU makes of float32 products where TF32 is allowed: their factors keep ten bits."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        is_product = "mm" in function.__name__ or function.__name__ in ("linear", "mv", "addmv_", "matmul")
+        if is_product and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            args = [self.round(value) if isinstance(value, Tensor) else value for value in args]
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def round(factor):
+        mantissa, exponent = torch.frexp(factor)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def allow_by_class():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def allow_by_name():
+    torch.set_float32_matmul_precision("high")
+
+
+def allow_everywhere():
+    torch.backends.fp32_precision = "tf32"
+
+
+@pytest.fixture
+def precision():
+    """Gives the precision of products back as it was."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place in (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        place.fp32_precision = "none"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 cannot tell it on a CPU")
+@pytest.mark.parametrize("allow", [allow_by_class, allow_by_name, allow_everywhere])
+@every_config
+def test_products_of_a_step_are_not_rounded_where_those_of_the_model_are(config, allow, precision):
+    expected = mlp(dtype=torch.float32)
+    found = copy.deepcopy(expected)
+    train(expected, create_eva_optimizer(expected, lr=0.01, config=config), steps=4)
+    optimizer = create_eva_optimizer(found, lr=0.01, config=config)
+    allow()
+    for seed in range(4):
+        losses(data(found, seed=seed))[0](found).backward()
+        with RoundedProducts():
+            assert (torch.eye(2) @ torch.full((2, 2), 1 / 3) != 1 / 3).all()
+            optimizer.step()
+        optimizer.zero_grad()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert allow is allow_everywhere or torch.get_float32_matmul_precision() == "high"
+    assert_equal(found, expected)
 
 
 # Manners -------------------------------------------------------------------------------------------------------------
