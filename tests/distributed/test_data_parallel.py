@@ -130,10 +130,8 @@ class Branches(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers, self.scale = (
-            torch.nn.Sequential(*mlp()[:1], torch.nn.Linear(5, 5)),
-            torch.nn.Parameter(torch.ones(1)),
-        )
+        self.layers = torch.nn.Sequential(*mlp()[:1], torch.nn.Linear(5, 5))
+        self.scale = torch.nn.Parameter(torch.ones(1))
         self.double()
 
     def forward(self, x, used):
