@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import base, factors, formula
-from .curvature import Seen, average, correction_of, observe
+from .curvature import Seen, correction_of, observe
 from .diagnostics import row_sums
 from .layers import Layer, working_dtype
+from .routines import Routine, at_once, together
 from .selection import momentum_dtype
-from .shards import Routine, local, together
+from .shards import local
 from .soundness import replace_unless_
-from .stacks import Stack
+from .stacks import Stack, waves_of
 from .step import Step
 
 # Times the learning rate, for embeddings: beside layers whose steps reach further where curvature turns them, those of
 # AdamW are short.
 EMBEDDING_FACTOR = 2.0
 
-_LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
-
 
 def adamw_step(step: Step) -> None:
     """Take a step of all parameters."""
-    together(_adamw_stack(step, stack) for stack in step.stacks)
+    for wave in waves_of(step.stacks):
+        step.scratch.clear(sum(stack.size for stack in wave))
+        together(_adamw_stack(step, stack) for stack in wave)
     planned = {id(weight) for stack in step.stacks for weight in stack.weights}
     low = momentum_dtype(step.config)
     for group in step.groups:
@@ -45,39 +44,64 @@ def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:
     seen = yield from observe(step, stack, gradients)
     momenta = [local(_momentum(step, layer)) for layer in stack.layers]
     base.momentum_(gradients.unbind(), momenta, config.momentum, config.nesterov, sound)
-    scales = replace_unless_(sound, (yield from _precondition_and_scale_(step, stack, gradients, seen)), 0.0)
-    lr, weight_decay = stack.group["lr"], stack.group["weight_decay"]
-    for layer, update, scale in zip(stack.layers, gradients.unbind(), scales.unbind(), strict=True):
-        rows = layer.kind.rows(scale, update.ndim)
-        base.decoupled_(local(layer.weight), update, rows, lr, weight_decay, sound)
+    correction, scales = yield from _correction_and_scales(step, stack, gradients, seen)
+    correction.apply_(stack.kind.matrices(gradients))
+    by_layer = replace_unless_(sound, scales, 0.0).unbind()
+    base.decoupled_(
+        [local(weight) for weight in stack.weights],
+        gradients.unbind(),
+        [stack.kind.rows(scale, gradients.ndim - 1) for scale in by_layer],
+        stack.group["lr"],
+        stack.group["weight_decay"],
+        sound,
+    )
 
 
-def _precondition_and_scale_(step: Step, stack: Stack, momenta: Tensor, seen: Seen) -> Routine[Tensor]:
-    """Turn momenta into updates, in place; returns what their rows are multiplied with, of shape `(n, d_out)`."""
+def _correction_and_scales(
+    step: Step, stack: Stack, momenta: Tensor, seen: Seen
+) -> Routine[tuple[formula.Correction, Tensor]]:
+    """What turns momenta into updates, and what the rows of these are multiplied with, of shape `(n, d_out)`."""
     matrices, (of_rows, of_columns), config = stack.kind.matrices(momenta), stack.part, step.config
     row_squares = formula.squared_row_norms(matrices)
-    weights = torch.stack(torch._foreach_norm([local(layer.weight) for layer in stack.layers])).to(momenta.dtype)
+    weights = torch.stack(torch._foreach_norm([local(weight) for weight in stack.weights])).to(momenta.dtype)
     row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
-    # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
-    steps = seen.updates + config.nesterov
-    starts = -torch.expm1(steps * math.log(max(config.momentum, _LEAST_MOMENTUM)))
-    corrections, noises = starts * seen.squares.sqrt(), factors.noise_shares(starts, config.momentum, config.nesterov)
     norms, numel = momentum_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
-    units = formula.inverse(corrections)
-    sizes = norms * units
     largest = factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
-    trusts = factors.trusts(sizes, largest, noises)
-    known = factors.Momenta(units, sizes, noises, trusts)
+    (found,) = yield from at_once(
+        factors.momenta_of,
+        (norms, seen.squares, seen.updates, largest),
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
+    known = factors.Momenta(*found)
     correction = yield from correction_of(config, stack, matrices, None, seen, known)
     (grams,) = yield from of_columns.sum(correction.grams())
     squares, products = correction.squares(row_squares, grams), correction.products(row_squares)
-    correction.apply_(matrices)
     squares, products = yield from of_rows.sum(of_rows.spread(squares), of_rows.spread(products))
-    shares = average(step.state, stack, "eva_rows", factors.row_shares(squares), seen.weights)
-    scales = factors.row_scales(squares, products, shares, norms, numel, sizes, largest)
+    ((shares, scales),) = yield from at_once(
+        _shares_and_scales,
+        (
+            squares,
+            products,
+            stack.read(step.state, "eva_rows"),
+            seen.weights,
+            norms,
+            norms.new_full(norms.shape, numel),
+            known.sizes,
+            largest,
+        ),
+    )
+    stack.write(step.state, "eva_rows", shares)
     step.last.keep(stack, row_sums, momentum_squares, products, squares, scales)
-    return of_rows.take(scales)
+    return correction, of_rows.take(scales)
+
+
+def _shares_and_scales(
+    squares: Tensor, products: Tensor, averages: Tensor, weights: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor]:
+    shares = formula.averaged(averages, factors.row_shares(squares), weights)
+    return shares, factors.row_scales(squares, products, shares, *others)
 
 
 def _momentum(step: Step, layer: Layer) -> Tensor:

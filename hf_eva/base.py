@@ -105,7 +105,7 @@ def row_adamw_(
         per_block = len(parameter) if size is None else max(1, size // parameter.shape[1])
         for weight, grad, first, scale in zip(*(t.split(per_block) for t in tensors), strict=True):
             update = _averaged_(first, replace_unless_(here, grad, first), 1 - beta1)
-            decoupled_(weight, update, scale, group["lr"] * factor, group["weight_decay"] / factor, here)
+            decoupled_([weight], [update], [scale], group["lr"] * factor, group["weight_decay"] / factor, here)
 
 
 def mean_squares(parameter: Tensor) -> Tensor:
@@ -220,17 +220,21 @@ def momentum_(
     pairs = list(zip(gradients, buffers, strict=True))
     for gradient, buffer in pairs:
         replace_unless_(sound, gradient, buffer)  # an average of itself stays as it is, to the last bit
-    size = _block_size(*pairs[0]) if pairs else None
-    if size is not None:  # the second operation finds in the cache what it needs
-        pairs = [blocks for pair in pairs for blocks in zip(*(t.view(-1).split(size) for t in pair), strict=True)]
-    else:
+    if all(gradient.dtype == buffer.dtype for gradient, buffer in pairs) and _are_small(gradients):
         torch._foreach_lerp_(list(buffers), list(gradients), 1 - momentum)
-    for gradient, buffer in pairs:
-        average = buffer if size is None else _averaged_(buffer, gradient, 1 - momentum)
         if nesterov:
-            gradient.lerp_(average, momentum)
+            torch._foreach_lerp_(list(gradients), list(buffers), momentum)
         else:
-            gradient.copy_(average)
+            torch._foreach_copy_(list(gradients), list(buffers))
+        return
+    for pair in pairs:
+        size = _block_size(*pair) or max(1, pair[0].numel())
+        for gradient, buffer in zip(*(tensor.view(-1).split(size) for tensor in pair), strict=True):
+            average = _averaged_(buffer, gradient, 1 - momentum)
+            if nesterov:
+                gradient.lerp_(average, momentum)
+            else:
+                gradient.copy_(average)
 
 
 def _averaged_(average: Tensor, value: Tensor, weight: float) -> Tensor:
@@ -251,15 +255,32 @@ def _block_size(value: Tensor, average: Tensor) -> int | None:
 
 
 def decoupled_(
-    parameter: Tensor, update: Tensor, scales: Tensor, lr: float, weight_decay: float, sound: Tensor | None = None
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    lr: float,
+    weight_decay: float,
+    sound: Tensor | None = None,
 ) -> None:
     """`W ← (1 − lr · weight_decay) W − lr · scales · P`, for scales that broadcast, and are 0 where not `sound`."""
-    if sound is None:
-        if weight_decay:
-            parameter.mul_(1 - lr * weight_decay)
-    elif weight_decay:  # no factor: close to 1, it would lose its digits in low precision
-        parameter.addcmul_(parameter, sound.to(parameter.dtype), value=-lr * weight_decay)
-    parameter.addcmul_(update, scales, value=-lr)
+    every = list(zip(parameters, updates, scales, strict=True))
+    for some in [every] if _are_small(parameters) else [[one] for one in every]:
+        weights, directions, factors = zip(*some, strict=True)
+        if sound is None:
+            if weight_decay:
+                torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        elif weight_decay:  # no factor: close to 1, it would lose its digits in low precision
+            steps = [sound.to(weight.dtype) for weight in weights]
+            torch._foreach_addcmul_(weights, weights, steps, value=-lr * weight_decay)
+        torch._foreach_addcmul_(weights, directions, factors, value=-lr)
+
+
+def _are_small(tensors: Sequence[Tensor]) -> bool:
+    """
+    Whether one operation after the other should be done on all tensors: on a CPU, those that are large are taken one
+    by one, so that the second operation finds in the cache what it needs.
+    """
+    return tensors[0].device.type != "cpu" or sum(tensor.numel() for tensor in tensors) <= BLOCK
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from . import factors, formula, subspaces
 from .capture import Statistics
 from .config import EvaConfig
 from .layers import Layer, working_dtype
+from .routines import Routine, at_once
 from .selection import statistics_shapes
-from .shards import Routine
 from .stacks import Stack, State
 from .step import Step
 
@@ -29,14 +29,14 @@ class Seen:
 
     `weights` and `updates` are this step's weight in running averages and the number of steps that count in them, of
     shape `(n,)`; `squares` is the average `‖G‖²`, where one is kept. `vectors` (curvature `"joint"`) and `factors`
-    (`"factored"`, see [`factors.factor_levels`]) are the curvature.
+    (`"factored"`) are the curvature.
     """
 
     weights: Tensor
     updates: Tensor
     squares: Tensor
     vectors: list[Tensor] = dataclasses.field(default_factory=list)
-    factors: dict[str, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    factors: dict[str, factors.Factor] = dataclasses.field(default_factory=dict)
 
 
 def observe(step: Step, stack: Stack, gradients: formula.Stacked) -> Routine[Seen]:
@@ -47,7 +47,9 @@ def observe(step: Step, stack: Stack, gradients: formula.Stacked) -> Routine[See
     valid = squares > 0 if step.sound is None else (squares > 0) & step.sound.to(squares.device)
     if step.statistics is None:
         return (yield from _observe_gradients(step, stack, gradients, squares, valid))
-    return _observe_tokens(step, stack, [step.statistics[index] for index in stack.indices], squares, valid)
+    return (
+        yield from _observe_tokens(step, stack, [step.statistics[index] for index in stack.indices], squares, valid)
+    )
 
 
 def average(state: State, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
@@ -83,24 +85,27 @@ def correction_of(
 
 def _observe_tokens(
     step: Step, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor
-) -> Seen:
+) -> Routine[Seen]:
     """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
     tokens, a, a_squares, g, g_squares = (
         torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
     )
     valid = valid & (tokens > 0)
-    seen = _count(step, stack, squares, valid)
+    seen = yield from _count(step, stack, squares, valid)
     new = {"eva_a": a, "eva_a_square": a_squares}
     if step.config.needs_output_gradients:
         scales = tokens.clamp_min(1).reciprocal() if step.config.g_scale == "mean" else torch.ones_like(tokens)
         new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
     averages = {key: average(step.state, stack, key, values, seen.weights) for key, values in new.items()}
     if step.config.curvature == "factored":
+        bases: dict[str, Tensor] = {}
+        traces: dict[str, Tensor] = {}
         for key in ("eva_g", "eva_a"):
             if key in averages:  # the mean vector m as the one eigenvector, with eigenvalue ‖m‖²
-                traces = averages[f"{key}_square"]
-                values = torch.linalg.vector_norm(averages[key], dim=1) * formula.inverse(traces)
-                seen.factors[key] = _factors(step.config, (averages[key] * values.unsqueeze(1)).unsqueeze(2), traces)
+                traces[key] = averages[f"{key}_square"]
+                values = formula.norm(averages[key], dim=1) * formula.inverse(traces[key])
+                bases[key] = (averages[key] * values.unsqueeze(1)).unsqueeze(2)
+        seen.factors = yield from _factors(step.config, bases, traces)
     seen.vectors = [averages[key] for key in ("eva_a", "eva_g") if key in averages]
     return seen
 
@@ -112,7 +117,7 @@ def _observe_gradients(
     Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
     average `‖G‖²`.
     """
-    seen = _count(step, stack, squares, valid)
+    seen = yield from _count(step, stack, squares, valid)
     if step.config.curvature == "joint":
         means = yield from formula.axis_means(gradients, stack.axes)
         named = {f"eva_v{axis}": mean for axis, mean in enumerate(means)}
@@ -127,27 +132,45 @@ def _observe_gradients(
     # The average that `‖G‖²` gets, in its new units.
     weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
     output, input = yield from subspaces.subspace_step(matrices, output, input, weights, squares, stack.part)
-    for key, bases in (("eva_g", output), ("eva_a", input)):
-        stack.write(step.state, key, bases)
-        seen.factors[key] = _factors(step.config, bases, seen.squares)
+    bases = {"eva_g": output, "eva_a": input}
+    for key, basis in bases.items():
+        stack.write(step.state, key, basis)
+    seen.factors = yield from _factors(step.config, bases, dict.fromkeys(bases, seen.squares))
     return seen
 
 
-def _count(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Seen:
+def _count(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Routine[Seen]:
     """
     Count the steps of each layer with a valid gradient, whose n-th weighs `decay` but at least `1/n` in averages, and
     average `‖G‖²` where it is kept.
     """
-    updates = stack.read(step.state, "eva_updates") + valid
+    has_squares = "eva_square" in step.state[stack.layers[0].weight]
+    averages = stack.read(step.state, "eva_square") if has_squares else squares
+    before = stack.read(step.state, "eva_updates")
+    ((updates, weights, squares),) = yield from at_once(
+        _counted, (before, valid, squares, averages), decay=step.config.decay
+    )
     stack.write(step.state, "eva_updates", updates)
-    weights = updates.reciprocal().clamp_min(step.config.decay).where(valid, 0.0)
-    if "eva_square" in step.state[stack.layers[0].weight]:
-        squares = average(step.state, stack, "eva_square", squares, weights)
+    if has_squares:
+        stack.write(step.state, "eva_square", squares)
     return Seen(weights, updates, squares)
 
 
-def _factors(config: EvaConfig, bases: Tensor, traces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return factors.factor_levels(bases, traces, config.damping, config.damping_mode == "relative")
+def _counted(
+    updates: Tensor, valid: Tensor, squares: Tensor, averages: Tensor, decay: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    updates = updates + valid
+    weights = updates.reciprocal().clamp_min(decay).where(valid, 0.0)
+    return updates, weights, formula.averaged(averages, squares, weights)
+
+
+def _factors(
+    config: EvaConfig, bases: dict[str, Tensor], traces: dict[str, Tensor]
+) -> Routine[dict[str, factors.Factor]]:
+    found = yield from factors.factors_of(
+        list(bases.values()), list(traces.values()), config.damping, config.damping_mode == "relative"
+    )
+    return dict(zip(bases, found, strict=True))
 
 
 def _create_statistics(state: State, layer: Layer, config: EvaConfig) -> None:

@@ -7,13 +7,15 @@ The conventions are those of [`formula`].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .formula import TINY, Correction, dot, least, norm
-from .shards import WHOLE, Part, Routine
+from .formula import TINY, Correction, dot, inverse, least, norm
+from .routines import Routine, at_once
+from .shards import WHOLE, Part
 from .subspaces import column_norms, unit_columns
 
 LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
@@ -23,29 +25,46 @@ SMALL_CHANGE = 4.0  # times smaller than that, a step is no risk to a weight, an
 FEWEST = 3.0  # gradients, from fewer of which nothing is known of noise
 LEAST_SIGNAL = 0.03  # share of a momentum that counts as signal, whatever is measured
 LEAST_REST = 1e-4  # of a trace; what is less may be rounding
+LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
 
 
-def factor_levels(bases: Tensor, traces: Tensor, damping: float, relative: bool) -> tuple[Tensor, Tensor, Tensor]:
+class Factor(NamedTuple):
     """
-    One factor `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`. Everything is
-    in units of the trace of `F`, so that gradients of any size can be squared twice.
+    `F ≈ ρI + U diag(ℓ − ρ) Uᵀ`, damped by ε and up to a scalar: `I + U diag(level − 1) Uᵀ`, in units of the trace of
+    `F`, so that gradients of any size can be squared twice.
+
+    `basis` is `U` of shape `(n, d, r)`; `values` ℓ and `levels`, `(ℓ + ε) / (ρ + ε) ≥ 1`, are of shape `(n, r)`.
+    """
+
+    basis: Tensor
+    values: Tensor
+    levels: Tensor
+
+
+def factors_of(
+    bases: Sequence[Tensor], traces: Sequence[Tensor], damping: float, relative: bool
+) -> Routine[list[Factor]]:
+    """
+    One factor for each side.
 
     Args:
-        bases (`Tensor` of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms. What
+        bases (tensors of shape `(n, d, r)`): `U diag(ℓ)`; its columns are orthogonal and `ℓ` are their norms. What
             the r vectors do not explain of the trace, which is 1, is spread evenly, as `ρ`.
-        traces (`Tensor` of shape `(n,)`): trace of `F`.
+        traces (tensors of shape `(n,)`): trace of `F`.
         damping (`float`): ε, added to the spectrum; with `relative=True` in units of the mean eigenvalue `1 / d`,
             otherwise in those of `F`.
-
-    Returns:
-        `U` of shape `(n, d, r)`, and `ℓ` and `level = (ℓ + ε) / (ρ + ε) ≥ 1` of shape `(n, r)`.
     """
-    dimension, rank = bases.shape[1:]
-    values = column_norms(bases)
-    rest = (1 - values.sum(1, keepdim=True)).clamp_min(0.0) / max(dimension - rank, 1)
-    shift = damping / dimension if relative else damping / traces.clamp_min(least(traces)).unsqueeze(1)
-    shift = shift + TINY
-    return unit_columns(bases, values), values, ((values + shift) / (rest + shift)).clamp_min(1.0)
+    values = [column_norms(side) for side in bases]
+    sizes = (trace.new_full(trace.shape, side.shape[1]) for side, trace in zip(bases, traces, strict=True))
+    levels = yield from at_once(_levels, *zip(values, traces, sizes, strict=True), damping=damping, relative=relative)
+    sides = zip(bases, values, levels, strict=True)
+    return [Factor(unit_columns(basis, lengths), lengths, of_side) for basis, lengths, of_side in sides]
+
+
+def _levels(values: Tensor, traces: Tensor, dimensions: Tensor, damping: float, relative: bool) -> Tensor:
+    rest = (1 - values.sum(1)).clamp_min(0.0) / (dimensions - values.shape[1]).clamp_min(1.0)
+    shift = (damping / (dimensions if relative else traces.clamp_min(least(traces))) + TINY).unsqueeze(1)
+    return ((values + shift) / (rest.unsqueeze(1) + shift)).clamp_min(1.0)
 
 
 class Momenta(NamedTuple):
@@ -63,42 +82,70 @@ class Momenta(NamedTuple):
     trusts: Tensor
 
 
+def momenta_of(
+    norms: Tensor, squares: Tensor, updates: Tensor, largest: Tensor, momentum: float, nesterov: bool
+) -> Momenta:
+    """
+    [`Momenta`] from their norms, the running averages of `‖G‖²`, the number of gradients that each has seen, and
+    [`largest_sizes`].
+    """
+    # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
+    starts = -torch.expm1((updates + nesterov) * math.log(max(momentum, LEAST_MOMENTUM)))
+    units, noises = inverse(starts * squares.sqrt()), noise_shares(starts, momentum, nesterov)
+    sizes = norms * units
+    return Momenta(units, sizes, noises, trusts(sizes, largest, noises))
+
+
 def factored(
     grads: Tensor,
-    output: tuple[Tensor, Tensor, Tensor] | None,
-    input: tuple[Tensor, Tensor, Tensor] | None,
+    output: Factor | None,
+    input: Factor | None,
     exponent: float,
     momenta: Momenta | None = None,
     part: Part = WHOLE,
 ) -> Routine[Correction]:
     """
-    `P = B^(−p) G A^(−p)` with the factors of [`factor_levels`]; `None` leaves a side out, but not both. Where `grads`
-    are `momenta`, the powers are those of [`momentum_powers`].
+    `P = B^(−p) G A^(−p)` with two factors; `None` leaves a side out, but not both. Where `grads` are `momenta`, the
+    powers are those of [`momentum_powers`].
     """
     d_out, d_in = grads.shape[1:]
-    outer, *of_output = (part.rows.take(output[0]), *output[1:]) if output else _no_factor(grads, d_out)
-    inner, *of_input = (part.columns.take(input[0]), *input[1:]) if input else _no_factor(grads, d_in)
+    outer, *of_output = (part.rows.take(output.basis), *output[1:]) if output else _no_factor(grads, d_out)
+    inner, *of_input = (part.columns.take(input.basis), *input[1:]) if input else _no_factor(grads, d_in)
     (image,) = yield from part.columns.sum(grads.bmm(inner))
     products = image.square().sum(1), outer.mT.bmm(image), outer.mT.bmm(grads)
     squares, cross, row = yield from part.rows.sum(*products)
     (row_squares,) = yield from part.columns.sum(row.square().sum(2))
-    inner_f, outer_f = (
-        (levels.pow(-exponent) if momenta is None else momentum_powers(levels, exponent, energies, values, momenta))
-        - 1
-        for (values, levels), energies in ((of_input, squares), (of_output, row_squares))
-    )
+    if momenta is None:
+        inner_f, outer_f = (levels.pow(-exponent) - 1 for _, levels in (of_input, of_output))
+    else:
+        inner_f, outer_f = yield from at_once(
+            _momentum_shifts, (squares, *of_input, *momenta), (row_squares, *of_output, *momenta), exponent=exponent
+        )
     row.baddbmm_(cross * inner_f.unsqueeze(1), inner.mT)
     (row_image,) = yield from part.columns.sum(grads.bmm(row.mT))
     columns = torch.cat([image * inner_f.unsqueeze(1), outer * outer_f.unsqueeze(1)], 2)
     return Correction(columns, torch.cat([inner.mT, row], 1), torch.cat([image, row_image], 2))
 
 
-def _no_factor(grads: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _no_factor(grads: Tensor, size: int) -> Factor:
     nothing = grads.new_zeros(len(grads), 0)
-    return grads.new_zeros(len(grads), size, 0), nothing, nothing
+    return Factor(grads.new_zeros(len(grads), size, 0), nothing, nothing)
 
 
-def momentum_powers(levels: Tensor, exponent: float, squares: Tensor, values: Tensor, momenta: Momenta) -> Tensor:
+def _momentum_shifts(
+    squares: Tensor,
+    values: Tensor,
+    levels: Tensor,
+    units: Tensor,
+    sizes: Tensor,
+    noises: Tensor,
+    trusts: Tensor,
+    exponent: float,
+) -> Tensor:
+    return momentum_powers(squares, values, levels, Momenta(units, sizes, noises, trusts), exponent) - 1
+
+
+def momentum_powers(squares: Tensor, values: Tensor, levels: Tensor, momenta: Momenta, exponent: float) -> Tensor:
     """
     `level^(−p)` on one side of momenta whose `‖Mᵀu‖²` along each direction are `squares`, like `values` ℓ and `levels`
     of shape `(n, r)`; 1 is what the directions outside of the basis get.
@@ -168,7 +215,7 @@ def row_scales(
     products: Tensor,
     shares: Tensor,
     norms: Tensor,
-    numel: int,
+    numels: Tensor,
     sizes: Tensor,
     largest: Tensor,
 ) -> Tensor:
@@ -186,7 +233,7 @@ def row_scales(
             that was turned into `P`.
         shares (`Tensor` of shape `(n, d_out)`): running averages of `squares`, divided by their mean.
         norms (`Tensor` of shape `(n,)`): `‖M‖`.
-        numel (`int`): number of entries of one `M`.
+        numels (`Tensor` of shape `(n,)`): number of entries of each `M`.
         sizes (`Tensor` of shape `(n,)`): `c`, from `M̂`, which is `M` corrected for its start from zero, as in Adam.
         largest (`Tensor` of shape `(n,)`): bounds on `c`, from [`largest_sizes`].
 
@@ -198,4 +245,4 @@ def row_scales(
     cosines = (dot(products, levels) / (lengths * norms.clamp_min(TINY))).clamp(LEAST_COSINE, 1.0)
     sizes = sizes.minimum(largest.clamp(NOISE_SIZE, 1.0))
     reaches = cosines.pow((2 * sizes).clamp_max(1.0))
-    return levels * (sizes * math.sqrt(numel) / (reaches * lengths)).unsqueeze(1)
+    return levels * (sizes * numels.sqrt() / (reaches * lengths)).unsqueeze(1)

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from .base import BLOCK
-from .shards import WHOLE, Axis, Part, Routine, whole_axis
+from .routines import Routine
+from .shards import WHOLE, Axis, Part, whole_axis
 
 TINY = 1e-30  # keeps 0/0 at 0; far below any statistic of a layer that receives a gradient
 

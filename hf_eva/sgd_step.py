@@ -16,7 +16,8 @@ from torch import Tensor
 from . import base, formula
 from .config import EvaConfig
 from .curvature import correction_of, observe
-from .shards import Routine, local, together
+from .routines import Routine, together
+from .shards import local
 from .stacks import Stack
 from .step import Step
 
@@ -56,6 +57,7 @@ def _directions(step: Step, stack: Stack) -> Routine[_Directions]:
         gradients: formula.Stacked = stack.gradients_apart()
         matrices: formula.Stacked = [stack.kind.matrix(gradient) for gradient in gradients]
     else:
+        step.scratch.clear()  # no other stack waits for something, but those with copies of their own
         gradients = stack.gradients(step.scratch)
         matrices = stack.kind.matrices(gradients)
     seen = yield from observe(step, stack, gradients)

@@ -2,37 +2,24 @@
 Matrices of which each process holds some of the rows, or of the columns.
 
 Only gradients, momenta and weights are in parts. Vectors and bases are whole on every process, so that what the
-formulas need of the others are sums over a whole axis of products with their parts. A computation that waits for such
-sums is a generator, a *routine*: it yields what is to be summed and is sent the sums. Where nothing is in parts, it
-never yields. [`together`] runs the routines of all layers side by side and sums what they wait for at once.
+formulas need of the others are sums over a whole axis of products with their parts, which [`routines`] wait for. Where
+nothing is in parts, there is nothing to sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from .routines import Routine, Sum
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-T = TypeVar("T")
-
-
-class Request(NamedTuple):
-    """Tensors to be summed over the processes along one dimension of a mesh."""
-
-    mesh: DeviceMesh
-    dimension: int
-    tensors: Sequence[Tensor]
-
-
-Routine: TypeAlias = Generator[Request, Sequence[Tensor], T]
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,7 @@ class Axis:
         sums: Sequence[Tensor] = tensors
         for dimension in self.dimensions:
             assert self.mesh is not None
-            sums = yield Request(self.mesh, dimension, sums)
+            sums = yield Sum(self.mesh, dimension, sums)
         return sums
 
 
@@ -200,52 +187,5 @@ def whole_sum(tensor: Tensor, value: Tensor) -> Routine[Tensor]:
     for dimension, placement in enumerate(getattr(tensor, "placements", ())):
         mesh: DeviceMesh = tensor.device_mesh  # type: ignore[attr-defined]
         if not placement.is_replicate() and mesh.size(dimension) > 1:
-            (value,) = yield Request(mesh, dimension, (value,))
+            (value,) = yield Sum(mesh, dimension, (value,))
     return value
-
-
-def together(routines: Iterable[Routine[T]]) -> list[T]:
-    """
-    Run routines to their ends and return their results. Each is advanced until it waits, in order, so that one that
-    never waits ends before the next begins. Then one all-reduce per group, device and precision answers all that wait.
-    """
-    results: dict[int, T] = {}
-    waiting: dict[int, tuple[Routine[T], Request]] = {}
-
-    def advance(index: int, routine: Routine[T], sums: Sequence[Tensor] | None) -> None:
-        try:
-            waiting[index] = routine, (next(routine) if sums is None else routine.send(sums))
-        except StopIteration as end:
-            results[index] = end.value
-
-    for index, routine in enumerate(routines):
-        advance(index, routine, None)
-    while waiting:
-        answered, waiting = waiting, {}
-        sums = _sums([request for _, request in answered.values()])
-        for (index, (routine, _)), answer in zip(answered.items(), sums, strict=True):
-            advance(index, routine, answer)
-    return [results[index] for index in sorted(results)]
-
-
-def _sums(requests: Sequence[Request]) -> list[list[Tensor]]:
-    """What is asked for, in as few all-reduces as there can be."""
-    buffers: dict[Any, list[Tensor]] = {}
-    for request in requests:
-        for tensor in request.tensors:
-            buffers.setdefault(_key(request, tensor), []).append(tensor)
-    found = {key: iter(_summed(key[0], key[1], tensors)) for key, tensors in buffers.items()}
-    return [[next(found[_key(request, tensor)]) for tensor in request.tensors] for request in requests]
-
-
-def _key(request: Request, tensor: Tensor) -> tuple[Any, ...]:
-    return request.mesh, request.dimension, tensor.dtype, tensor.device
-
-
-def _summed(mesh: DeviceMesh, dimension: int, tensors: Sequence[Tensor]) -> list[Tensor]:
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    # What was offloaded to the host is summed where the processes are connected.
-    there = flat.to(mesh.device_type) if flat.device.type != mesh.device_type else flat
-    dist.all_reduce(there, group=mesh.get_group(dimension))
-    parts = there.to(flat.device).split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

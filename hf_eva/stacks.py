@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .layers import Layer, LayerKind, working_dtype
-from .shards import Axis, Part, Routine, axes_of, local
+from .routines import Routine
+from .shards import Axis, Part, axes_of, local
 
 # Weights in a stack, at most, by device: on a CPU a stack and its momentum should stay in the caches, on other devices
 # a stack should fill the machine. A layer that is larger is a stack by itself.
@@ -45,6 +46,11 @@ class Stack:
         """What this process holds of each axis of the weights as they are stored."""
         return axes_of(self.layers[0].weight)
 
+    @property
+    def size(self) -> int:
+        """Entries of all weights that this process holds."""
+        return len(self.layers) * math.prod(axis.size for axis in self.axes)
+
     @cached_property
     def bias_axis(self) -> Axis:
         bias = self.layers[0].bias
@@ -64,8 +70,8 @@ class Stack:
     def gradients(self, scratch: Scratch) -> Tensor:
         """
         The parts of gradients `(n, *weight.shape)` that this process holds, in working precision: a view of the
-        gradient of a single layer where it can be one, otherwise a copy in `scratch`, valid until the next. Of layers
-        that have to wait for other processes, it is a copy of their own.
+        gradient of a single layer where it can be one, otherwise a copy in `scratch`. Of layers that have to wait for
+        other processes, it is a copy of their own.
         """
         gradients = [local(layer.weight.grad) for layer in self.layers if layer.weight.grad is not None]
         first, dtype = gradients[0], working_dtype(gradients[0])
@@ -113,17 +119,50 @@ class Stack:
 
 
 class Scratch:
-    """One buffer for each device and precision, as large as the largest stack, which all stacks use in turns."""
+    """One buffer for each device and precision, which all waves of stacks use in turns."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._taken: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._room = 0
+
+    def clear(self, room: int = 0) -> None:
+        """Let everything be taken anew, which will be so many elements."""
+        self._taken.clear()
+        self._room = room
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        size = math.prod(shape)
-        buffer = self._buffers.get((dtype, device))
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
-        return buffer[:size].view(*shape)
+        """A tensor of any content, valid until all is taken anew."""
+        key, size = (dtype, device), math.prod(shape)
+        start, buffer = self._taken.get(key, 0), self._buffers.get(key)
+        if buffer is None or len(buffer) < start + size:
+            room = max(self._room, start + size)
+            buffer = self._buffers[key] = torch.empty(room, dtype=dtype, device=device)
+        self._taken[key] = start + size
+        return buffer[start : start + size].view(*shape)
+
+
+def waves_of(stacks: Iterable[Stack]) -> list[list[Stack]]:
+    """
+    Stacks that are stepped side by side: as many as may be one stack by their size, and all whose layers are in parts,
+    because these have copies of their own and wait for each other's sums.
+    """
+    waves: list[list[Stack]] = []
+    parts, room = [], 0
+    for stack in stacks:
+        if not stack.is_whole:
+            parts.append(stack)
+            continue
+        if not waves or stack.size > room:
+            waves.append([])
+            room = _most_weights(stack.weights[0].device)
+        waves[-1].append(stack)
+        room -= stack.size
+    return [*waves, parts] if parts else waves
+
+
+def _most_weights(device: torch.device) -> int:
+    return MOST_WEIGHTS.get(device.type, MOST_WEIGHTS_ELSEWHERE)
 
 
 def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]], most: int | None = None) -> list[Stack]:
@@ -142,7 +181,7 @@ def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]], most: i
     stacks = []
     for (_, axes, _, device, _, has_bias), members in alike.items():
         size = max(1, math.prod(axis.size for axis in axes))
-        limit = MOST_WEIGHTS.get(device.type, MOST_WEIGHTS_ELSEWHERE) if most is None else most
+        limit = _most_weights(device) if most is None else most
         count = max(1, limit // size)
         for start in range(0, len(members), count):
             part = members[start : start + count]

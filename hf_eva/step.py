@@ -13,7 +13,8 @@ from . import base
 from .capture import Statistics
 from .config import EvaConfig
 from .diagnostics import LastStep
-from .shards import Routine, axes_of, local, together, whole_sum
+from .routines import Routine, together
+from .shards import axes_of, local, whole_sum
 from .soundness import Watch, squared_norms_of
 from .stacks import Scratch, Stack, State
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .formula import TINY, eps, inverse, norm, over
-from .shards import WHOLE, Part, Routine
+from .routines import Routine, at_once
+from .shards import WHOLE, Part
 
 ITERATIONS = 2  # on the first gradient; a random first guess would take some twenty steps to find its subspaces
 
@@ -61,33 +62,53 @@ def subspace_step(
     columns = left, torch.cat([right[:, :, rank:], inner], 2)
     images = right, torch.cat([outer_image, left[:, :, :rank]], 2)
     is_valid = over(weights > 0, output)
-    new_output, new_input = _ritz_step(values, columns, images, weights)
+    new_output, new_input = yield from _ritz_step(values, columns, images, weights)
     return torch.where(is_valid, new_output, output), torch.where(is_valid, new_input, input)
 
 
 def _ritz_step(
     values: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], images: tuple[Tensor, Tensor], weights: Tensor
-) -> list[Tensor]:
+) -> Routine[list[Tensor]]:
     """
     [`subspace_step`] for both sides, each of which has the same number of `columns`. The last of these are those of
     `U`, which have the `values` ℓ; `images` are theirs under `Gᵀ`, or `G`.
     """
+    grams = [side.mT.bmm(side) for side in columns]
+    found = yield from at_once(_orthonormalized, *((gram,) for gram in grams))
+    seen = [image.bmm(inverses) for image, (_, inverses) in zip(images, found, strict=True)]
+    grams = [side.mT.bmm(side) for side in seen]
+    turns = yield from at_once(
+        _turned,
+        *((*both, gram, of_side, weights) for both, gram, of_side in zip(found, grams, values, strict=True)),
+    )
+    return [side.bmm(turn) for side, turn in zip(columns, turns, strict=True)]
+
+
+def _orthonormalized(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Given columns in terms of orthonormal ones, and orthonormal columns in terms of the given ones, both `(n, k, k)`,
+    from the Gram matrices of the given ones.
+    """
     # Gram and Schmidt from the last column, which is the longest of the basis, to the first. Where gradients have
     # fewer directions than there are columns, the rest is rounding, which must not count directions once more.
-    grams = torch.cat([side.mT.bmm(side) for side in columns])
+    grams = grams.clone()
     grams.diagonal(dim1=1, dim2=2).mul_(1 + 4 * grams.shape[1] * eps(grams)).add_(torch.finfo(grams.dtype).tiny)
     factors = torch.linalg.cholesky_ex(grams.flip((1, 2)), upper=True).L.flip((1, 2))
     one = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
-    inverses = torch.linalg.solve_triangular(factors, one, upper=False)
-    seen = [side.bmm(inverse) for side, inverse in zip(images, inverses.chunk(2), strict=True)]
-    # `factors` are the given columns in terms of the orthonormal ones; only those of `U` were in the average.
-    old = torch.cat([torch.nn.functional.pad(side, (grams.shape[1] - side.shape[1], 0)) for side in values])
-    weights = over(weights.repeat(2), grams)
-    projected = (factors * old.unsqueeze(1)).bmm(factors.mT)
-    projected.lerp_(torch.cat([side.mT.bmm(side) for side in seen]), weights)
-    ritz_values, vectors = torch.linalg.eigh(projected.where(weights > 0, 0.0))  # which may not be NaN
-    turns = inverses.bmm(vectors * ritz_values.clamp_min(0.0).unsqueeze(1)).chunk(2)
-    return [side.bmm(turn[:, :, -kept.shape[1] :]) for side, turn, kept in zip(columns, turns, values, strict=True)]
+    return factors, torch.linalg.solve_triangular(factors, one, upper=False)
+
+
+def _turned(factors: Tensor, inverses: Tensor, grams: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """
+    The new basis in terms of the given columns, `(n, k, r)`: of an average to which the last r of these belonged, with
+    these values, and which gets the `grams` of the orthonormal ones' images.
+    """
+    rank, weights = values.shape[1], over(weights, grams)
+    of_basis = factors[:, :, -rank:]
+    projected = (of_basis * values.unsqueeze(1)).bmm(of_basis.mT)
+    projected = projected.lerp(grams, weights).where(weights > 0, 0.0)  # what is decomposed may not be NaN
+    ritz_values, vectors = torch.linalg.eigh(projected)
+    return inverses.bmm(vectors[:, :, -rank:] * ritz_values[:, -rank:].clamp_min(0.0).unsqueeze(1))
 
 
 def initial_basis(dimension: int, rank: int, like: Tensor) -> Tensor:

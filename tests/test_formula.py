@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_eva import factors, formula, subspaces
-from hf_eva.shards import together
+from hf_eva.routines import together
 
 few = settings(max_examples=20, deadline=None)
 dimension = st.integers(1, 9)
@@ -101,13 +101,11 @@ def test_each_layer_of_a_stack_is_by_itself():
         result(formula.eva(G, None, a, g, 0.1, True)),
         result(formula.eva_f(G, None, a, 0.1, True)),
         result(formula.eva_s(G, [g, a], 0.1, True)),
-        result(
-            factors.factored(G, *(factors.factor_levels(basis, a[:, 0].abs() * 9, 0.1, True) for basis in (U, V)), 0.5)
-        ),
+        result(factors.factored(G, *result(factors.factors_of([U, V], [a[:, 0].abs() * 9] * 2, 0.1, True)), 0.5)),
     ]
     for i in range(3):
         one = slice(i, i + 1)
-        sides = (factors.factor_levels(basis[one], a[one, 0].abs() * 9, 0.1, True) for basis in (U, V))
+        sides = result(factors.factors_of([U[one], V[one]], [a[one, 0].abs() * 9] * 2, 0.1, True))
         alone = [
             result(formula.eva(G[one], None, a[one], g[one], 0.1, True)),
             result(formula.eva_f(G[one], None, a[one], 0.1, True)),
@@ -133,15 +131,15 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
     values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     U, top = vectors[:, -rank:], values[-rank:]
     trace = values.sum()
-    factor = factors.factor_levels(*stacked(U * top / trace, trace), damping, relative)
+    (factor,) = result(factors.factors_of(*([side] for side in stacked(U * top / trace, trace)), damping, relative))
     found = torch.eye(d, dtype=torch.float64).unsqueeze(0)
     result(factors.factored(found, factor, None, exponent)).apply_(found)
     epsilon = damping * (trace / d if relative else 1.0)
     dense = reference.inverse_power(reference.factor(U, top, trace), epsilon, exponent)
     rest = (trace - top.sum()) / (d - rank)
     assert_near([found[0]], [dense * (rest + epsilon) ** exponent], 1e-8)
-    assert_near([factor[0][0] * factor[1]], [U * top / trace], 1e-12)
-    assert factor[2].min() >= 1
+    assert_near([factor.basis[0] * factor.values], [U * top / trace], 1e-12)
+    assert factor.levels.min() >= 1
 
 
 @few
@@ -151,7 +149,7 @@ def test_two_sides_multiply(d_out, d_in, seed, used, agree):
     U, V = U / U.norm(), V / V.norm()
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
-    wanted = [stacked(*values) if used in (side, "both") else None for side, values in sides.items()]
+    wanted = [factors.Factor(*stacked(*values)) if used in (side, "both") else None for side, values in sides.items()]
     momenta = factors.Momenta(2 * ones, 2 * G.norm() * ones, 0 * ones, 0 * ones)
     correction = result(factors.factored(G.unsqueeze(0), *wanted, 0.5, momenta if agree else None))
 
@@ -275,11 +273,11 @@ def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, column
     M, guess = draw(seed, (d, columns), (d, 2))
     U, one = torch.linalg.qr(guess)[0], torch.ones(1, dtype=M.dtype)
     values, trace, correction = torch.tensor([0.2, 0.5], dtype=M.dtype), 2.0, 1.7
-    factor = factors.factor_levels((U * values).unsqueeze(0), trace * one, 0.03, True)
+    (factor,) = result(factors.factors_of([(U * values).unsqueeze(0)], [trace * one], 0.03, True))
     unit = one / (correction * trace**0.5)
     momenta = factors.Momenta(unit, M.norm() * unit, noise * one, trust * one)
     squares = (U.T @ M).square().sum(1).unsqueeze(0)
-    powers = factors.momentum_powers(factor[2], 0.5, squares, factor[1], momenta)[0]
+    powers = factors.momentum_powers(squares, factor.values, factor.levels, momenta, 0.5)[0]
     corrected = M / correction
     kept, others = (U.T @ corrected).square().sum(), (corrected - U @ (U.T @ corrected)).square().sum()
     signals = [reference.signal(x, share * trace, noise) for x, share in ((kept, values.sum()), (others, 0.3))]
@@ -295,7 +293,7 @@ def test_a_basis_that_explains_all_has_no_directions_outside():
     for unexplained in (0.0, 1e-6):
         momenta = factors.Momenta(ones, (1 + unexplained) ** 0.5 * ones, 0.1 * ones, ones)
         powers = factors.momentum_powers(
-            4 * torch.ones(1, 1), 0.5, ones.view(1, 1), (1 - unexplained) * torch.ones(1, 1), momenta
+            ones.view(1, 1), (1 - unexplained) * torch.ones(1, 1), 4 * torch.ones(1, 1), momenta, 0.5
         )
         torch.testing.assert_close(powers, torch.full((1, 1), 4**-0.25), rtol=1e-4, atol=0)
 
@@ -323,7 +321,8 @@ def scales_of(P, M, correction, square, shares=None, largest=1.0):
     correction, square, largest = (torch.tensor([value], dtype=P.dtype) for value in (correction, square, largest))
     norms = M.norm().unsqueeze(0)
     sizes = norms / (correction * square.sqrt())
-    return factors.row_scales(squares, products, shares, norms, M.numel(), sizes, largest)[0]
+    numel = torch.tensor([M.numel()], dtype=P.dtype)
+    return factors.row_scales(squares, products, shares, norms, numel, sizes, largest)[0]
 
 
 @few

@@ -1,0 +1,86 @@
+"""What stacks of layers ask for is done once for all of them, and nobody gets another one's answer."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_equal, assert_near, every_recipe
+from torch.overrides import TorchFunctionMode
+
+from hf_eva import create_eva_optimizer, stacks
+from hf_eva.routines import at_once, together
+
+
+def test_one_call_answers_all_that_ask_for_the_same():
+    calls = []
+
+    def scaled(values, factors, power=1):
+        calls.append(tuple(values.shape))
+        return values * factors.unsqueeze(1), factors**power
+
+    def doubled(values):
+        return 2 * values
+
+    def asking(count, width, power):
+        values, factors = torch.randn(count, width), torch.randn(count)
+        (one, other) = yield from at_once(scaled, (values, factors), (values + 1, factors), power=power)
+        (single,) = yield from at_once(doubled, (values,))
+        for (products, powers), given in ((one, values), (other, values + 1)):
+            assert_equal([products, powers, single], [given * factors.unsqueeze(1), factors**power, 2 * values])
+        return count
+
+    assert together([asking(2, 3, 1), asking(4, 3, 1), asking(1, 5, 1), asking(3, 3, 2)]) == [2, 4, 1, 3]
+    assert sorted(calls) == [(2, 5), (6, 3), (12, 3)]
+
+
+def test_precisions_are_not_mixed():
+    def asking(dtype):
+        (found,) = yield from at_once(torch.neg, (torch.ones(2, 2, dtype=dtype),))
+        return found.dtype
+
+    assert together([asking(torch.float32), asking(torch.float64)]) == [torch.float32, torch.float64]
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    monkeypatch.setattr(stacks, "MOST_WEIGHTS", {"cpu": 1})
+
+
+class Decompositions(TorchFunctionMode):
+    """Counts calls, and the matrices that they are given."""
+
+    def __init__(self):
+        self.calls = self.matrices = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.linalg.eigh:
+            self.calls, self.matrices = self.calls + 1, self.matrices + len(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+@every_recipe
+def test_stacks_that_step_side_by_side_step_as_alone(family, config, request):
+    """Every stack has its own part of the buffer that they share, also where layers have several shapes."""
+    torch.manual_seed(0)
+    expected = family.build().double()
+    found = copy.deepcopy(expected)
+    optimizers = [create_eva_optimizer(model, lr=0.01, config=config) for model in (expected, found)]
+
+    def steps(model, optimizer):
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            model(**family.batch).loss.backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad += torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 100
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with Decompositions() as few:
+        steps(found, optimizers[1])
+    request.getfixturevalue("one_at_a_time")
+    with Decompositions() as many:
+        steps(expected, optimizers[0])
+    assert_near(found, expected, 1e-9)
+    assert many.matrices == few.matrices
+    assert many.calls >= 2 * few.calls
