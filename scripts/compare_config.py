@@ -134,7 +134,7 @@ class Config:
                 for task, settings in self.tasks.items()
             },
             sweep=None,
-            timing=replace(self.timing, rounds=min(3, self.timing.rounds)),
+            timing=Timing(rounds=min(3, self.timing.rounds), steps=min(4, self.timing.steps)),
             highlight=[self.subject, self.baseline],
             goals={name: goals for name, goals in self.goals.items() if name == self.baseline},
         )
@@ -216,7 +216,7 @@ def _check(config: Config) -> None:
     for task in tasks:
         check_names(f"tasks.{task}.optimizers", config.contenders(task), optimizers)
         if shared := set(config.seeds) & set(config.tuning_seeds(task)):
-            raise ValueError(f"seed {shared.pop()} is in seeds and in tuning.seeds: what is tuned on is not reported")
+            raise ValueError(f"seed {shared.pop()} is in seeds, and {task} is tuned on it: what is tuned on is not reported")
         if config.baseline not in config.contenders(task):
             raise ValueError(f"tasks.{task}.optimizers should name the baseline, {config.baseline}")
     if not config.name.replace("-", "").replace("_", "").isalnum():

@@ -48,7 +48,7 @@ BAD_INPUT = {
         "baseline names 'adamv', which is not in this comparison, did you mean 'adam",
     ),
     "goals": ({"goals": {"adamw": {"image": 0.5}}}, "goals.adamw names 'image'"),
-    "seeds": ({"seeds": [1, 100]}, "seed 100 is in seeds and in tuning.seeds"),
+    "seeds": ({"seeds": [1, 100]}, "seed 100 is in seeds, and images is tuned on it"),
     "seeds of a task": ({"tasks": {"images": {"tuning_seeds": "x"}}}, "tasks.images.tuning_seeds should be a list"),
     "factor": ({"tuning": {"seeds": [100], "factor": 1}}, "tuning.factor should be above 1, got 1.0"),
     "length": ({"lengths": [0.5]}, "lengths should name 1, the whole schedule"),
