@@ -13,7 +13,7 @@ from .routines import Routine, at_once, together
 from .selection import momentum_dtype
 from .shards import local
 from .soundness import replace_unless_
-from .stacks import Stack, waves_of
+from .stacks import Stack
 from .step import Step
 
 # Times the learning rate, for embeddings: beside layers whose steps reach further where curvature turns them, those of
@@ -23,8 +23,7 @@ EMBEDDING_FACTOR = 2.0
 
 def adamw_step(step: Step) -> None:
     """Take a step of all parameters."""
-    for wave in waves_of(step.stacks):
-        step.scratch.clear(sum(stack.size for stack in wave))
+    for wave in step.waves():
         together(_adamw_stack(step, stack) for stack in wave)
     planned = {id(weight) for stack in step.stacks for weight in stack.weights}
     low = momentum_dtype(step.config)

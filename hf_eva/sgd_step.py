@@ -39,10 +39,14 @@ class _Directions(NamedTuple):
 def sgd_step(step: Step) -> None:
     """Take a step of all parameters."""
     config = step.config
-    found = together(_directions(step, stack) for stack in step.stacks)
-    factor = step.last.factor = _size_factor(config, step.stacks, found)
+    stacks: list[Stack] = []
+    found: list[_Directions] = []
+    for wave in step.waves():
+        stacks += wave
+        found += together(_directions(step, stack) for stack in wave)
+    factor = step.last.factor = _size_factor(config, stacks, found)
     done: set[int] = set()
-    for stack, directions in zip(step.stacks, found, strict=True):
+    for stack, directions in zip(stacks, found, strict=True):
         done |= _take(step, stack, directions, 1.0 if factor is None else factor)
     for group in step.groups:
         others = [p for p in group["params"] if p.grad is not None and id(p) not in done]
@@ -57,7 +61,6 @@ def _directions(step: Step, stack: Stack) -> Routine[_Directions]:
         gradients: formula.Stacked = stack.gradients_apart()
         matrices: formula.Stacked = [stack.kind.matrix(gradient) for gradient in gradients]
     else:
-        step.scratch.clear()  # no other stack waits for something, but those with copies of their own
         gradients = stack.gradients(step.scratch)
         matrices = stack.kind.matrices(gradients)
     seen = yield from observe(step, stack, gradients)

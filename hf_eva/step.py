@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from .diagnostics import LastStep
 from .routines import Routine, together
 from .shards import axes_of, local, whole_sum
 from .soundness import Watch, squared_norms_of
-from .stacks import Scratch, Stack, State
+from .stacks import Scratch, Stack, State, waves_of
 
 
 class Size(NamedTuple):
@@ -61,6 +61,12 @@ class Step:
     scratch: Scratch
     last: LastStep
     sound: Tensor | None = None
+
+    def waves(self) -> Iterator[Sequence[Stack]]:
+        """Stacks that are stepped side by side, and that have the scratch buffer to themselves until the next wave."""
+        for wave in waves_of(self.stacks):
+            self.scratch.clear(sum(stack.size for stack in wave))
+            yield wave
 
     def look(self, watch: Watch) -> None:
         """Judge all gradients and statistics."""

@@ -216,7 +216,9 @@ def _check(config: Config) -> None:
     for task in tasks:
         check_names(f"tasks.{task}.optimizers", config.contenders(task), optimizers)
         if shared := set(config.seeds) & set(config.tuning_seeds(task)):
-            raise ValueError(f"seed {shared.pop()} is in seeds, and {task} is tuned on it: what is tuned on is not reported")
+            raise ValueError(
+                f"seed {shared.pop()} is in seeds, and {task} is tuned on it: what is tuned on is not reported"
+            )
         if config.baseline not in config.contenders(task):
             raise ValueError(f"tasks.{task}.optimizers should name the baseline, {config.baseline}")
     if not config.name.replace("-", "").replace("_", "").isalnum():

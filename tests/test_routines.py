@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_equal, assert_near, every_recipe
+from helpers import RECIPES, assert_equal, assert_near
 from torch.overrides import TorchFunctionMode
 
-from hf_eva import create_eva_optimizer, stacks
+from hf_eva import EvaConfig, create_eva_optimizer, stacks
 from hf_eva.routines import at_once, together
 
 
@@ -58,7 +58,7 @@ class Decompositions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@every_recipe
+@pytest.mark.parametrize("config", [*RECIPES.values(), EvaConfig(base="sgd", rank=3)], ids=[*RECIPES, "sgd"])
 def test_stacks_that_step_side_by_side_step_as_alone(family, config, request):
     """Every stack has its own part of the buffer that they share, also where layers have several shapes."""
     torch.manual_seed(0)
