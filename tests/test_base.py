@@ -124,8 +124,10 @@ def test_embeddings_of_a_model_get_their_rule():
     assert switched_off.state[model[0].weight]["exp_avg_sq"].shape == (7, 6)
 
 
+@pytest.mark.parametrize("block", [base.BLOCK, 4], ids=["all at once", "in blocks"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_momentum(nesterov):
+def test_momentum(nesterov, block, monkeypatch):
+    monkeypatch.setattr(base, "BLOCK", block)
     buffer, beta = torch.zeros(3, 2, dtype=torch.float64), 0.9
     expected = buffer.clone()
     for _ in range(4):
@@ -137,15 +139,24 @@ def test_momentum(nesterov):
         assert_near([update], [beta * expected + (1 - beta) * gradient if nesterov else expected], 1e-15)
 
 
+@pytest.mark.parametrize("sound", [None, True, False])
+@pytest.mark.parametrize("block", [base.BLOCK, 4], ids=["all at once", "one by one"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_decoupled_weight_decay(dtype):
-    weight = torch.randn(3, 2).to(dtype)
-    update = torch.randn(3, 2, dtype=torch.promote_types(dtype, torch.float32))
-    expected = (1 - 0.1 * 0.5) * weight.double() - 0.1 * 3.0 * update
-    scale = torch.tensor(3.0, dtype=update.dtype)
-    base.decoupled_(weight, update, scale, lr=0.1, weight_decay=0.5)
-    assert weight.dtype == dtype
-    assert_near([weight], [expected], 1e-15 if dtype == torch.float64 else 0.02)
+def test_decoupled_weight_decay(dtype, block, sound, monkeypatch):
+    monkeypatch.setattr(base, "BLOCK", block)
+    shapes, precise = [(3, 2), (2, 5)], torch.promote_types(dtype, torch.float32)
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    updates = [torch.randn(shape, dtype=precise) for shape in shapes]
+    scales = [torch.rand(3, 1, dtype=precise), torch.rand(5, dtype=precise)]  # of rows, and of columns
+    expected = [
+        weight.double() if sound is False else (1 - 0.1 * 0.5) * weight.double() - 0.1 * scale * update
+        for weight, update, scale in zip(weights, updates, scales, strict=True)
+    ]
+    flag = None if sound is None else torch.tensor(sound)
+    kept = [scale * (sound is not False) for scale in scales]  # as a step that is not sound leaves them
+    base.decoupled_(weights, updates, kept, lr=0.1, weight_decay=0.5, sound=flag)
+    assert all(weight.dtype == dtype for weight in weights)
+    assert_near(weights, expected, 1e-15 if dtype == torch.float64 else 0.02)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
