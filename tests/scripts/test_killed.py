@@ -16,10 +16,11 @@ TASK = "sequence-classification"
 DEATHS = {
     "between two operations of a step": """
 from hf_eva import base
-step, calls = base.decoupled_, []
-def decoupled_(*args):
-    calls.append(step(*args))
-    if len(calls) == 3 * PER_STEP + PER_STEP // 2:
+step, weights = base.decoupled_, []
+def decoupled_(parameters, *args):
+    step(parameters, *args)
+    weights.extend(parameters)
+    if len(weights) >= 3 * PER_STEP + PER_STEP // 2:
         die()
 base.decoupled_ = decoupled_
 """,
