@@ -80,11 +80,13 @@ def together(routines: Iterable[Routine[T]]) -> list[T]:
 
 def _calls(requests: dict[int, Sequence[Call]]) -> dict[int, list[Any]]:
     """What functions return."""
+    kinds = {index: [_kind(call) for call in calls] for index, calls in requests.items()}
     alike: dict[Hashable, list[Call]] = {}
-    for call in (call for calls in requests.values() for call in calls):
-        alike.setdefault(_kind(call), []).append(call)
+    for index, calls in requests.items():
+        for kind, call in zip(kinds[index], calls, strict=True):
+            alike.setdefault(kind, []).append(call)
     found = {kind: iter(_called(calls)) for kind, calls in alike.items()}
-    return {index: [next(found[_kind(call)]) for call in calls] for index, calls in requests.items()}
+    return {index: [next(found[kind]) for kind in of_calls] for index, of_calls in kinds.items()}
 
 
 def _kind(call: Call) -> Hashable:

@@ -126,7 +126,7 @@ class Scratch:
         self._taken: dict[tuple[torch.dtype, torch.device], int] = {}
         self._room = 0
 
-    def clear(self, room: int = 0) -> None:
+    def clear(self, room: int) -> None:
         """Let everything be taken anew, which will be so many elements."""
         self._taken.clear()
         self._room = room

@@ -41,11 +41,6 @@ def test_precisions_are_not_mixed():
     assert together([asking(torch.float32), asking(torch.float64)]) == [torch.float32, torch.float64]
 
 
-@pytest.fixture
-def one_at_a_time(monkeypatch):
-    monkeypatch.setattr(stacks, "MOST_WEIGHTS", {"cpu": 1})
-
-
 class Decompositions(TorchFunctionMode):
     """Counts calls, and the matrices that they are given."""
 
@@ -59,7 +54,7 @@ class Decompositions(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("config", [*RECIPES.values(), EvaConfig(base="sgd", rank=3)], ids=[*RECIPES, "sgd"])
-def test_stacks_that_step_side_by_side_step_as_alone(family, config, request):
+def test_stacks_that_step_side_by_side_step_as_alone(family, config, monkeypatch):
     """Every stack has its own part of the buffer that they share, also where layers have several shapes."""
     torch.manual_seed(0)
     expected = family.build().double()
@@ -78,7 +73,7 @@ def test_stacks_that_step_side_by_side_step_as_alone(family, config, request):
 
     with Decompositions() as few:
         steps(found, optimizers[1])
-    request.getfixturevalue("one_at_a_time")
+    monkeypatch.setattr(stacks, "MOST_WEIGHTS", {"cpu": 1})
     with Decompositions() as many:
         steps(expected, optimizers[0])
     assert_near(found, expected, 1e-9)
