@@ -67,9 +67,10 @@ def _correction_and_scales(
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
     norms, numel = momentum_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
     largest = factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
+    agreements = yield from _agreements(step, stack, seen, norms)
     (found,) = yield from at_once(
         factors.momenta_of,
-        (norms, seen.squares, seen.updates, largest),
+        (norms, seen.squares, seen.updates, largest, agreements),
         momentum=config.momentum,
         nesterov=config.nesterov,
     )
@@ -94,6 +95,24 @@ def _correction_and_scales(
     stack.write(step.state, "eva_rows", shares)
     step.last.keep(stack, row_sums, momentum_squares, products, squares, scales)
     return correction, of_rows.take(scales)
+
+
+def _agreements(step: Step, stack: Stack, seen: Seen, norms: Tensor) -> Routine[Tensor]:
+    """How far gradients confirm momenta; 1 where nothing depends on it. `norms` are of what is preconditioned."""
+    if "eva_agreement" not in step.state[stack.weights[0]]:
+        return torch.ones_like(norms)
+    before = [stack.read(step.state, key) for key in ("eva_momentum_square", "eva_agreement")]
+    (after,) = yield from at_once(
+        factors.follow_momenta,
+        (*before, seen.newest, norms.square(), seen.updates, seen.weights),
+        momentum=step.config.momentum,
+        nesterov=step.config.nesterov,
+    )
+    momenta, averages = after
+    sound = step.sound_on(norms)
+    stack.write(step.state, "eva_momentum_square", replace_unless_(sound, momenta, before[0]))
+    stack.write(step.state, "eva_agreement", averages)
+    return factors.agreements_of(averages)
 
 
 def _shares_and_scales(

@@ -28,12 +28,13 @@ class Seen:
     What a step knows of the n layers of a stack after it has seen their gradients.
 
     `weights` and `updates` are this step's weight in running averages and the number of steps that count in them, of
-    shape `(n,)`; `squares` is the average `‖G‖²`, where one is kept. `vectors` (curvature `"joint"`) and `factors`
-    (`"factored"`) are the curvature.
+    shape `(n,)`; `newest` is `‖G‖²`, and `squares` its average, where one is kept. `vectors` (curvature `"joint"`) and
+    `factors` (`"factored"`) are the curvature.
     """
 
     weights: Tensor
     updates: Tensor
+    newest: Tensor
     squares: Tensor
     vectors: list[Tensor] = dataclasses.field(default_factory=list)
     factors: dict[str, factors.Factor] = dataclasses.field(default_factory=dict)
@@ -147,13 +148,13 @@ def _count(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Routine[
     has_squares = "eva_square" in step.state[stack.layers[0].weight]
     averages = stack.read(step.state, "eva_square") if has_squares else squares
     before = stack.read(step.state, "eva_updates")
-    ((updates, weights, squares),) = yield from at_once(
+    ((updates, weights, averages),) = yield from at_once(
         _counted, (before, valid, squares, averages), decay=step.config.decay
     )
     stack.write(step.state, "eva_updates", updates)
     if has_squares:
-        stack.write(step.state, "eva_square", squares)
-    return Seen(weights, updates, squares)
+        stack.write(step.state, "eva_square", averages)
+    return Seen(weights, updates, squares, averages)
 
 
 def _counted(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formula import TINY, Correction, dot, inverse, least, norm
+from .formula import TINY, Correction, averaged, dot, inverse, least, norm
 from .routines import Routine, at_once
 from .shards import WHOLE, Part
 from .subspaces import column_norms, unit_columns
@@ -73,27 +73,86 @@ class Momenta(NamedTuple):
 
     Times `units` they have the units of their gradients' factors, and are corrected for their start from zero. Then
     `sizes`, the `c` of [`row_scales`], are their norms. `noises` come from [`noise_shares`], and `trusts`, in [0, 1],
-    say how far that what looks like noise may be left out.
+    say how far that what looks like noise may be left out. `agreements` come from [`agreements_of`].
     """
 
     units: Tensor
     sizes: Tensor
     noises: Tensor
     trusts: Tensor
+    agreements: Tensor
 
 
 def momenta_of(
-    norms: Tensor, squares: Tensor, updates: Tensor, largest: Tensor, momentum: float, nesterov: bool
+    norms: Tensor,
+    squares: Tensor,
+    updates: Tensor,
+    largest: Tensor,
+    agreements: Tensor,
+    momentum: float,
+    nesterov: bool,
 ) -> Momenta:
     """
-    [`Momenta`] from their norms, the running averages of `‖G‖²`, the number of gradients that each has seen, and
-    [`largest_sizes`].
+    [`Momenta`] from their norms, the running averages of `‖G‖²`, the number of gradients that each has seen,
+    [`largest_sizes`] and [`agreements_of`].
     """
-    # What a momentum that started from zero is divided by, as in Adam; Nesterov's is one step ahead.
-    starts = -torch.expm1((updates + nesterov) * math.log(max(momentum, LEAST_MOMENTUM)))
+    starts = _starts(updates + nesterov, momentum)  # Nesterov's is one step ahead
     units, noises = inverse(starts * squares.sqrt()), noise_shares(starts, momentum, nesterov)
     sizes = norms * units
-    return Momenta(units, sizes, noises, trusts(sizes, largest, noises))
+    return Momenta(units, sizes, noises, trusts(sizes, largest, noises), agreements)
+
+
+def _starts(updates: Tensor, momentum: float) -> Tensor:
+    """What a momentum that started from zero is divided by, as in Adam."""
+    return -torch.expm1(updates * math.log(max(momentum, LEAST_MOMENTUM)))
+
+
+def follow_momenta(
+    momenta: Tensor,
+    averages: Tensor,
+    squares: Tensor,
+    mixed: Tensor,
+    updates: Tensor,
+    weights: Tensor,
+    momentum: float,
+    nesterov: bool,
+) -> tuple[Tensor, Tensor]:
+    """
+    Follow how far gradients confirm the momenta `M` of the gradients before them by one more, for [`agreements_of`].
+
+    Args:
+        momenta (`Tensor` of shape `(n,)`): `‖M‖²`.
+        averages (`Tensor` of shape `(n, 2)`): running averages of `⟨M̂, G⟩` and of `‖M̂‖²`, where `M̂` is `M` corrected
+            for its start from zero.
+        squares, mixed (`Tensor` of shape `(n,)`): `‖G‖²`, and the squared norm of what is preconditioned, a mix of `M`
+            and `G`, from which `⟨M, G⟩` follows without a read of either.
+        updates, weights (`Tensor` of shape `(n,)`): the number of gradients with this one, and its weight in averages.
+
+    Returns:
+        `‖M‖²` of the next `M`, and the new averages.
+    """
+    if momentum == 0:
+        return momenta, averages  # what is preconditioned is the gradient alone
+    kept = momentum**2 if nesterov else momentum  # share of `M` in the mix
+    products = (mixed - kept**2 * momenta - (1 - kept) ** 2 * squares) / (2 * kept * (1 - kept))
+    # Of an error of `momenta`, less than half is left after each step.
+    after = momentum**2 * momenta + 2 * momentum * (1 - momentum) * products + (1 - momentum) ** 2 * squares
+    units = inverse(_starts(updates - 1, momentum)).where(updates > 1, 0.0)  # before the first, `M` is nothing
+    new = torch.stack([units * products, units.square() * momenta], 1)
+    return after.clamp_min(0.0), averaged(averages, new, weights)
+
+
+def agreements_of(averages: Tensor) -> Tensor:
+    """
+    How far gradients confirm momenta, of shape `(n,)`: `avg ⟨M̂, G⟩ / avg ‖M̂‖²` from [`follow_momenta`], in [−1, 1].
+
+    It is 1 where all gradients are alike, and 0 where they are noise, of whatever size: `M` is made of the gradients
+    before `G`, so that nothing of their noise is counted as signal. It is negative where steps are too long for the
+    curvature, so that each gradient takes back what those before it have asked for. Of the first gradient nothing
+    is known but that it agrees with itself.
+    """
+    products, squares = averages.unbind(1)
+    return (products * inverse(squares)).clamp(-1.0, 1.0).where(squares > 0, 1.0)
 
 
 def factored(
@@ -140,9 +199,10 @@ def _momentum_shifts(
     sizes: Tensor,
     noises: Tensor,
     trusts: Tensor,
+    agreements: Tensor,
     exponent: float,
 ) -> Tensor:
-    return momentum_powers(squares, values, levels, Momenta(units, sizes, noises, trusts), exponent) - 1
+    return momentum_powers(squares, values, levels, Momenta(units, sizes, noises, trusts, agreements), exponent) - 1
 
 
 def momentum_powers(squares: Tensor, values: Tensor, levels: Tensor, momenta: Momenta, exponent: float) -> Tensor:
@@ -150,9 +210,9 @@ def momentum_powers(squares: Tensor, values: Tensor, levels: Tensor, momenta: Mo
     `level^(−p)` on one side of momenta whose `‖Mᵀu‖²` along each direction are `squares`, like `values` ℓ and `levels`
     of shape `(n, r)`; 1 is what the directions outside of the basis get.
 
-    p is `exponent` for a direction whose gradients are noise and goes down to half of it where they agree:
-    `p = exponent · (1 − ½ min(1, ‖M̂ᵀu‖ / sqrt(ℓ)))`. Where they agree, `ℓ` is the square of what is to be followed,
-    and both sides to the power ½ would turn it upside down.
+    `p = exponent · (1 − ½ agreement)`: where gradients agree, `ℓ` is the square of what is to be followed, and both
+    sides to the power ½ would turn it upside down. Where each takes back what those before it have asked for, steps
+    are too long along what is steep, and p is larger.
 
     In a fine-tuning, the directions outside of the basis are mostly noise, which such powers make the larger part of
     an update. So these count only as far as they carry signal: the share of `‖M̂‖²` that is more than noise would
@@ -161,10 +221,8 @@ def momentum_powers(squares: Tensor, values: Tensor, levels: Tensor, momenta: Mo
     they count in full, as `trusts` say: early in a training from scratch, all signal is in a few steep directions,
     along which steps must be short.
     """
-    lengths = squares.sqrt() * momenta.units.unsqueeze(1)
-    agreement = (lengths / values.clamp_min(TINY).sqrt()).clamp_max(1.0)
-    powers = levels.pow(-exponent * (1 - agreement / 2))
-    energy, explained = lengths.square().sum(1), values.sum(1)
+    powers = levels.pow(-exponent * (1 - momenta.agreements / 2).unsqueeze(1))
+    energy, explained = squares.sum(1) * momenta.units.square(), values.sum(1)
     rest = 1 - explained
     expected, found = torch.stack([explained, rest]), torch.stack([energy, momenta.sizes.square() - energy])
     within, outside = (1 - momenta.noises * expected / found.clamp_min(TINY)).clamp_min(0.0) + LEAST_SIGNAL

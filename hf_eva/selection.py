@@ -191,7 +191,10 @@ def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, .
         shapes |= {"eva_a": (d_in, min(config.rank, d_in)), "eva_g": (d_out, min(config.rank, d_out))}
     if config.base == "adamw":
         shapes |= {"eva_rows": (d_out,)}
-    if config.base == "adamw" or (config.variant == "eva_s" and config.curvature == "factored"):
+    has_subspaces = config.variant == "eva_s" and config.curvature == "factored"
+    if config.base == "adamw" and has_subspaces:
+        shapes |= {"eva_agreement": (2,), "eva_momentum_square": ()}
+    if config.base == "adamw" or has_subspaces:
         shapes |= {"eva_square": ()}
     return shapes
 

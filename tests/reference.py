@@ -114,11 +114,6 @@ def trust(size: Tensor, largest: Tensor, noise: float) -> Tensor:
     return max(0.0, 1 - 3 * noise) * (torch.log(largest / size) / math.log(4)).clamp(0, 1)
 
 
-def agreement(projection: Tensor, values: Tensor) -> Tensor:
-    """How much gradients agree along each direction: length of the mean gradient there over that of a gradient."""
-    return (projection.norm(dim=1) / values.sqrt()).clamp(max=1)
-
-
 def first_basis(guess: Tensor, matrix: Tensor) -> Tensor:
     """Two rounds of subspace iteration."""
     for _ in range(2):
@@ -318,20 +313,30 @@ class Reference:
             G = as_matrix(module, gradients[name])
             square = self.averaged(layer, "square", G.square().sum())
             factors = self.factors(layer, G, X[layer], D[layer])
-            M = beta * self.averages.get((layer, "momentum"), torch.zeros_like(G)) + (1 - beta) * G
-            self.averages[layer, "momentum"] = M
+            M = self.averages.get((layer, "momentum"), torch.zeros_like(G))
+            agreement = self.agreement(layer, M, G)
+            M = self.averages[layer, "momentum"] = beta * M + (1 - beta) * G
             N = beta * M + (1 - beta) * G if config.nesterov else M
             largest = 0.05 * root_mean_square / self.lr if self.lr else torch.tensor(math.inf, dtype=G.dtype)
-            P = self.precondition(N, factors, square, largest)
+            P = self.precondition(N, factors, square, largest, agreement)
             shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
             largest = largest.clamp(min=0.2)
             step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square, largest)
             self.turned[layer] = N, step
             parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
 
-    def precondition(self, N: Tensor, factors, square: Tensor, largest: Tensor) -> Tensor:
+    def agreement(self, layer: str, M: Tensor, G: Tensor) -> float:
+        """How much of the momentum M of all gradients before it G confirms, on average."""
+        if self.steps == 1 or not self.config.momentum:
+            self.averaged(layer, "products", torch.zeros(2, dtype=G.dtype))
+            return 1.0
+        M = M / (1 - self.config.momentum ** (self.steps - 1))
+        product, square = self.averaged(layer, "products", torch.stack([(M * G).sum(), M.square().sum()]))
+        return (product / square).clamp(-1, 1).item()
+
+    def precondition(self, N: Tensor, factors, square: Tensor, largest: Tensor, agreement: float) -> Tensor:
         """
-        `B^(−p) N A^(−p)`. In `"eva_s"`, with the exponents that the agreement of gradients asks for, and with less of
+        `B^(−p) N A^(−p)`. In `"eva_s"`, with the exponent that the agreement of gradients asks for, and with less of
         what lies outside of the bases where that is noise.
         """
         config = self.config
@@ -343,14 +348,14 @@ class Reference:
                 powers.append(None)
                 continue
             U, values, trace, damping = side
-            exponents, rest = torch.full_like(values, config.exponent), 1.0
+            exponent, rest = config.exponent, 1.0
             if config.variant == "eva_s":
-                exponents = exponents * (1 - agreement(U.T @ projected, values) / 2)
+                exponent *= 1 - agreement / 2
                 kept, others = (U.T @ projected).square().sum(), (projected - U @ (U.T @ projected)).square().sum()
                 if trace - values.sum() > 1e-4 * trace:
                     ratio = signal(others, trace - values.sum(), noise) / signal(kept, values.sum(), noise)
                     rest = ratio.clamp(max=1).sqrt() ** trust(corrected.norm() / square.sqrt(), largest, noise)
-            powers.append(inverse_powers(U, values, trace, damping, exponents, rest))
+            powers.append(inverse_powers(U, values, trace, damping, exponent, rest))
         A, B = powers
         P = N if A is None else N @ A
         return P if B is None else B @ P

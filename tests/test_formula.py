@@ -143,23 +143,24 @@ def test_the_power_of_a_factor(d, data, damping, exponent, seed, relative):
 
 
 @few
-@given(dimension, dimension, seed, st.sampled_from(["both", "output", "input"]), st.booleans())
-def test_two_sides_multiply(d_out, d_in, seed, used, agree):
+@given(dimension, dimension, seed, st.sampled_from(["both", "output", "input"]), st.floats(-1, 1) | st.none())
+def test_two_sides_multiply(d_out, d_in, seed, used, agreement):
     G, U, V = draw(seed, (d_out, d_in), (d_out, 1), (d_in, 1))
     U, V = U / U.norm(), V / V.norm()
     ones = torch.ones(1, dtype=G.dtype)
     sides = {"output": (U, 4 * ones, 9 * ones), "input": (V, 25 * ones, 4 * ones)}
     wanted = [factors.Factor(*stacked(*values)) if used in (side, "both") else None for side, values in sides.items()]
-    momenta = factors.Momenta(2 * ones, 2 * G.norm() * ones, 0 * ones, 0 * ones)
-    correction = result(factors.factored(G.unsqueeze(0), *wanted, 0.5, momenta if agree else None))
+    momenta = None
+    if agreement is not None:
+        momenta = factors.Momenta(2 * ones, 2 * G.norm() * ones, 0 * ones, 0 * ones, agreement * ones)
+    correction = result(factors.factored(G.unsqueeze(0), *wanted, 0.5, momenta))
 
-    def power(side, projection):
-        basis, value, level = sides[side]
-        agreement = min(1.0, 2 * projection.norm().item() / value.item() ** 0.5) if agree else 0.0
-        f = (level ** (-0.5 * (1 - agreement / 2)) - 1) if used in (side, "both") else 0.0
+    def power(side):
+        basis, _, level = sides[side]
+        f = (level ** (-0.5 * (1 - (agreement or 0.0) / 2)) - 1) if used in (side, "both") else 0.0
         return torch.eye(len(basis), dtype=G.dtype) + f * basis @ basis.T
 
-    check(correction, G.unsqueeze(0), power("output", U.T @ G) @ G @ power("input", G @ V))
+    check(correction, G.unsqueeze(0), power("output") @ G @ power("input"))
 
 
 def test_first_bases_are_the_subspaces_of_the_first_gradient():
@@ -185,9 +186,10 @@ def test_bases_solve_within_what_the_gradient_shows(d, rank, seed, decay):
         dense = [(F, U) for F, U, _ in found]
         for basis, (F, _, values) in zip(bases, found, strict=True):
             lengths = subspaces.column_norms(basis)
-            assert_near([basis[0] / lengths @ basis[0].T / values.max()], [F / values.max()], 1e-9)
+            # Gram matrices square the condition of a span, whose vectors may lie close to one another.
+            assert_near([basis[0] / lengths @ basis[0].T / values.max()], [F / values.max()], 1e-7)
             gram = basis[0].T @ basis[0] / values.max() ** 2
-            assert_near([gram], [torch.diag(gram.diag())], 1e-9)
+            assert_near([gram], [torch.diag(gram.diag())], 1e-7)
 
 
 def test_bases_find_the_leading_eigenvectors():
@@ -268,22 +270,22 @@ def test_norms_of_rows(shape):
 
 
 @few
-@given(st.integers(3, 12), dimension, seed, st.floats(0.05, 0.95), st.floats(0.0, 1.0))
-def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, columns, seed, noise, trust):
+@given(st.integers(3, 12), dimension, seed, st.floats(0.05, 0.95), st.floats(0.0, 1.0), st.floats(-1, 1))
+def test_directions_outside_of_a_basis_count_as_far_as_they_are_signal(d, columns, seed, noise, trust, agreement):
     M, guess = draw(seed, (d, columns), (d, 2))
     U, one = torch.linalg.qr(guess)[0], torch.ones(1, dtype=M.dtype)
     values, trace, correction = torch.tensor([0.2, 0.5], dtype=M.dtype), 2.0, 1.7
     (factor,) = result(factors.factors_of([(U * values).unsqueeze(0)], [trace * one], 0.03, True))
     unit = one / (correction * trace**0.5)
-    momenta = factors.Momenta(unit, M.norm() * unit, noise * one, trust * one)
+    momenta = factors.Momenta(unit, M.norm() * unit, noise * one, trust * one, agreement * one)
     squares = (U.T @ M).square().sum(1).unsqueeze(0)
     powers = factors.momentum_powers(squares, factor.values, factor.levels, momenta, 0.5)[0]
     corrected = M / correction
     kept, others = (U.T @ corrected).square().sum(), (corrected - U @ (U.T @ corrected)).square().sum()
     signals = [reference.signal(x, share * trace, noise) for x, share in ((kept, values.sum()), (others, 0.3))]
     rest = (signals[1] / signals[0]).clamp(max=1) ** (trust / 2)
-    exponents = 0.5 * (1 - reference.agreement(U.T @ corrected, values * trace) / 2)
-    expected = reference.inverse_powers(U, values * trace, torch.tensor(trace), 0.03 * trace / d, exponents, rest)
+    exponent = 0.5 * (1 - agreement / 2)
+    expected = reference.inverse_powers(U, values * trace, torch.tensor(trace), 0.03 * trace / d, exponent, rest)
     assert_near([torch.eye(d, dtype=M.dtype) + U @ torch.diag(powers - 1) @ U.T], [expected / rest], 1e-9)
 
 
@@ -291,11 +293,48 @@ def test_a_basis_that_explains_all_has_no_directions_outside():
     """What is left there is rounding, from which nothing can be told."""
     ones = torch.ones(1)
     for unexplained in (0.0, 1e-6):
-        momenta = factors.Momenta(ones, (1 + unexplained) ** 0.5 * ones, 0.1 * ones, ones)
+        momenta = factors.Momenta(ones, (1 + unexplained) ** 0.5 * ones, 0.1 * ones, ones, ones)
         powers = factors.momentum_powers(
             ones.view(1, 1), (1 - unexplained) * torch.ones(1, 1), 4 * torch.ones(1, 1), momenta, 0.5
         )
         torch.testing.assert_close(powers, torch.full((1, 1), 4**-0.25), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
+def test_how_far_gradients_confirm_momenta(beta, nesterov):
+    """From norms alone, through a gradient of zero and over many steps, whose rounding must not add up."""
+    known, M = (torch.zeros(1), torch.zeros(1, 2)), torch.zeros(6, 5, dtype=torch.float64)
+    product, square = 0.0, 0.0
+    for step in range(1, 300):
+        G = draw(step, M.shape)[0] * (0.0 if step == 40 else 1 + (step > 150) * 30) + 0.2
+        weight = max(0.2, 1 / step)
+        before = M / (1 - beta ** (step - 1)) if step > 1 and beta else 0 * M
+        product += weight * ((before * G).sum().item() - product)
+        square += weight * (before.square().sum().item() - square)
+        M = beta * M + (1 - beta) * G
+        mixed = beta * M + (1 - beta) * G if nesterov else M
+        seen = [torch.tensor([x]) for x in (G.square().sum().item(), mixed.square().sum().item(), step, weight)]
+        known = factors.follow_momenta(*known, *seen, beta, nesterov)
+        expected = max(-1.0, min(1.0, product / square)) if square else 1.0
+        assert factors.agreements_of(known[1]).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_agreement_tells_signal_from_noise_and_from_steps_that_are_too_long():
+    def agreement(gradients):
+        known, M = [torch.zeros(shape, dtype=torch.float64) for shape in ((1,), (1, 2))], 0
+        for step, G in enumerate(gradients, 1):
+            M = 0.9 * M + 0.1 * G
+            seen = [torch.tensor([x]).double() for x in (G.square().sum(), M.square().sum(), step, 1 / step)]
+            known = factors.follow_momenta(*known, *seen, 0.9, False)
+        return factors.agreements_of(known[1]).item()
+
+    noise = draw(0, (400, 2000))[0]
+    assert agreement(torch.ones(400, 3)) == pytest.approx(1.0)
+    assert agreement(noise) == pytest.approx(0.0, abs=0.05)
+    assert agreement(noise + 10) == pytest.approx(1.0, abs=0.05)
+    assert agreement([(-1.0) ** step * noise[0] for step in range(400)]) == -1.0
+    assert agreement(noise[:1]) == 1.0
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
