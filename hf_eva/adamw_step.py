@@ -65,9 +65,9 @@ def _correction_and_scales(
     weights = torch.stack(torch._foreach_norm([local(weight) for weight in stack.weights])).to(momenta.dtype)
     row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
-    norms, numel = momentum_squares.sum(1).sqrt(), stack.layers[0].weight.numel()
-    largest = factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
-    agreements = yield from _agreements(step, stack, seen, norms)
+    mixed, numel = momentum_squares.sum(1), stack.layers[0].weight.numel()
+    norms, largest = mixed.sqrt(), factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
+    agreements = yield from _agreements(step, stack, seen, mixed)
     (found,) = yield from at_once(
         factors.momenta_of,
         (norms, seen.squares, seen.updates, largest, agreements),
@@ -97,22 +97,20 @@ def _correction_and_scales(
     return correction, of_rows.take(scales)
 
 
-def _agreements(step: Step, stack: Stack, seen: Seen, norms: Tensor) -> Routine[Tensor]:
-    """How far gradients confirm momenta; 1 where nothing depends on it. `norms` are of what is preconditioned."""
+def _agreements(step: Step, stack: Stack, seen: Seen, mixed: Tensor) -> Routine[Tensor]:
+    """How far gradients confirm momenta, 1 where nothing depends on it; `mixed` as in [`factors.follow_momenta`]."""
     if "eva_agreement" not in step.state[stack.weights[0]]:
-        return torch.ones_like(norms)
-    before = [stack.read(step.state, key) for key in ("eva_momentum_square", "eva_agreement")]
-    (after,) = yield from at_once(
+        return torch.ones_like(mixed)
+    momenta, averages = (stack.read(step.state, key) for key in ("eva_momentum_square", "eva_agreement"))
+    ((new_momenta, new_averages, agreements),) = yield from at_once(
         factors.follow_momenta,
-        (*before, seen.newest, norms.square(), seen.updates, seen.weights),
+        (momenta, averages, seen.newest, mixed, seen.updates, seen.weights),
         momentum=step.config.momentum,
         nesterov=step.config.nesterov,
     )
-    momenta, averages = after
-    sound = step.sound_on(norms)
-    stack.write(step.state, "eva_momentum_square", replace_unless_(sound, momenta, before[0]))
-    stack.write(step.state, "eva_agreement", averages)
-    return factors.agreements_of(averages)
+    stack.write(step.state, "eva_momentum_square", replace_unless_(step.sound_on(mixed), new_momenta, momenta))
+    stack.write(step.state, "eva_agreement", new_averages)
+    return agreements
 
 
 def _shares_and_scales(

@@ -59,9 +59,9 @@ class EvaConfig:
     )
     exponent: float = _hyperparameter(
         0.5,
-        "Power of the inverse of each factor, curvature 'factored' only. With variant 'eva_s' and base 'adamw' that is "
-        "for a layer whose gradients are noise: where they agree it is down to half of this, and up to one and a half "
-        "times this where each takes back what those before it have asked for.",
+        "Power of the inverse of each factor, curvature 'factored' only. With variant 'eva_s' and base 'adamw' this "
+        "is for a layer whose gradients are noise: where they agree it is down to half of that, and up to one and a "
+        "half times that where each takes back what those before it have asked for.",
         above=0.0,
         maximum=1.0,
     )

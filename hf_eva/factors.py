@@ -116,9 +116,9 @@ def follow_momenta(
     weights: Tensor,
     momentum: float,
     nesterov: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Follow how far gradients confirm the momenta `M` of the gradients before them by one more, for [`agreements_of`].
+    Follow how far gradients confirm the momenta `M` of the gradients before them, by one more.
 
     Args:
         momenta (`Tensor` of shape `(n,)`): `‖M‖²`.
@@ -129,17 +129,18 @@ def follow_momenta(
         updates, weights (`Tensor` of shape `(n,)`): the number of gradients with this one, and its weight in averages.
 
     Returns:
-        `‖M‖²` of the next `M`, and the new averages.
+        `‖M‖²` of the next `M`, the new averages, and [`agreements_of`] them.
     """
     if momentum == 0:
-        return momenta, averages  # what is preconditioned is the gradient alone
+        return momenta, averages, agreements_of(averages)  # what is preconditioned is the gradient alone
     kept = momentum**2 if nesterov else momentum  # share of `M` in the mix
     products = (mixed - kept**2 * momenta - (1 - kept) ** 2 * squares) / (2 * kept * (1 - kept))
     # Of an error of `momenta`, less than half is left after each step.
     after = momentum**2 * momenta + 2 * momentum * (1 - momentum) * products + (1 - momentum) ** 2 * squares
     units = inverse(_starts(updates - 1, momentum)).where(updates > 1, 0.0)  # before the first, `M` is nothing
     new = torch.stack([units * products, units.square() * momenta], 1)
-    return after.clamp_min(0.0), averaged(averages, new, weights)
+    averages = averaged(averages, new, weights)
+    return after.clamp_min(0.0), averages, agreements_of(averages)
 
 
 def agreements_of(averages: Tensor) -> Tensor:

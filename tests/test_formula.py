@@ -315,9 +315,9 @@ def test_how_far_gradients_confirm_momenta(beta, nesterov):
         M = beta * M + (1 - beta) * G
         mixed = beta * M + (1 - beta) * G if nesterov else M
         seen = [torch.tensor([x]) for x in (G.square().sum().item(), mixed.square().sum().item(), step, weight)]
-        known = factors.follow_momenta(*known, *seen, beta, nesterov)
+        *known, agreement = factors.follow_momenta(*known, *seen, beta, nesterov)
         expected = max(-1.0, min(1.0, product / square)) if square else 1.0
-        assert factors.agreements_of(known[1]).item() == pytest.approx(expected, abs=1e-4)
+        assert agreement.item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_agreement_tells_signal_from_noise_and_from_steps_that_are_too_long():
@@ -326,8 +326,8 @@ def test_agreement_tells_signal_from_noise_and_from_steps_that_are_too_long():
         for step, G in enumerate(gradients, 1):
             M = 0.9 * M + 0.1 * G
             seen = [torch.tensor([x]).double() for x in (G.square().sum(), M.square().sum(), step, 1 / step)]
-            known = factors.follow_momenta(*known, *seen, 0.9, False)
-        return factors.agreements_of(known[1]).item()
+            *known, found = factors.follow_momenta(*known, *seen, 0.9, False)
+        return found.item()
 
     noise = draw(0, (400, 2000))[0]
     assert agreement(torch.ones(400, 3)) == pytest.approx(1.0)
