@@ -24,6 +24,7 @@ LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than 
 SMALL_CHANGE = 4.0  # times smaller than that, a step is no risk to a weight, and need not spread over all directions
 FEWEST = 3.0  # gradients, from fewer of which nothing is known of noise
 LEAST_SIGNAL = 0.03  # share of a momentum that counts as signal, whatever is measured
+LEAST_KEPT = 1e-3  # share of a momentum in what is preconditioned; what is less would be lost in rounding
 LEAST_REST = 1e-4  # of a trace; what is less may be rounding
 LEAST_MOMENTUM = 1e-300  # whose logarithm is finite
 
@@ -131,9 +132,9 @@ def follow_momenta(
     Returns:
         `‖M‖²` of the next `M`, the new averages, and [`agreements_of`] them.
     """
-    if momentum == 0:
-        return momenta, averages, agreements_of(averages)  # what is preconditioned is the gradient alone
     kept = momentum**2 if nesterov else momentum  # share of `M` in the mix
+    if kept < LEAST_KEPT:
+        return momenta, averages, agreements_of(averages)
     products = (mixed - kept**2 * momenta - (1 - kept) ** 2 * squares) / (2 * kept * (1 - kept))
     # Of an error of `momenta`, less than half is left after each step.
     after = momentum**2 * momenta + 2 * momentum * (1 - momentum) * products + (1 - momentum) ** 2 * squares
@@ -223,7 +224,7 @@ def momentum_powers(squares: Tensor, values: Tensor, levels: Tensor, momenta: Mo
     along which steps must be short.
     """
     powers = levels.pow(-exponent * (1 - momenta.agreements / 2).unsqueeze(1))
-    energy, explained = squares.sum(1) * momenta.units.square(), values.sum(1)
+    energy, explained = (squares.sum(1).sqrt() * momenta.units).square(), values.sum(1)
     rest = 1 - explained
     expected, found = torch.stack([explained, rest]), torch.stack([energy, momenta.sizes.square() - energy])
     within, outside = (1 - momenta.noises * expected / found.clamp_min(TINY)).clamp_min(0.0) + LEAST_SIGNAL
