@@ -99,8 +99,8 @@ def count(config: Config, stages: list[str], pairs: list[tuple[str, str]]) -> in
 
 def job_of(config: Config, run: Run) -> Job:
     entry, task = config.entries[run.optimizer], config.workloads[run.task]
-    arguments = tuple(task.arguments)
-    return Job(arguments, entry.peer, entry.options, run.lr, run.steps, run.seed, config.evaluations)
+    evaluations = config.evaluations if run.seed in config.seeds else 1  # of a search, the end alone counts
+    return Job(tuple(task.arguments), entry.peer, entry.options, run.lr, run.steps, run.seed, evaluations)
 
 
 class Workers:
