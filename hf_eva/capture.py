@@ -40,7 +40,8 @@ class Statistics:
     Means of one layer over the tokens of a window and over all processes; `g` is a sum over tokens, like `bias.grad`.
 
     `tokens` is the number of tokens; 0 says that the layer was not used. `a_square` is the mean of `‖x‖²` and
-    `g_square` is `N Σ‖δ‖²`, the traces of the two factors. Without output gradients `g` is empty and `g_square` 0.
+    `g_square` is `N Σ‖δ‖²`, the traces of the two factors. Without output gradients `g` is empty and `g_square` 0, and
+    so are both squares where none are wanted.
     """
 
     tokens: Tensor
@@ -61,10 +62,15 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], with_output_gradients: bool, mask_padding: bool = True
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        with_output_gradients: bool,
+        with_squares: bool = True,
+        mask_padding: bool = True,
     ) -> None:
         self.layers = list(layers)
-        self.with_output_gradients = with_output_gradients
+        self.with_output_gradients, self.with_squares = with_output_gradients, with_squares
         self.called: set[int] = set()  # layers whose hook has fired in training; read for a warning only
         self._buffer: Tensor | None = None
         self._place: tuple[torch.dtype, torch.device] | None = None
@@ -74,7 +80,7 @@ class Capture:
         for layer in self.layers:
             if sum(not p.is_replicate() for p in getattr(layer.weight, "placements", ())) > parts:
                 raise ValueError(_of_parts(layer))
-            self._sizes.append(layer.sizes_of_sums(with_output_gradients))  # in the order of Statistics
+            self._sizes.append(layer.sizes_of_sums(with_output_gradients, with_squares))  # in the order of Statistics
             if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values()):
                 raise ValueError(
                     f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
@@ -158,7 +164,7 @@ class Capture:
             count = tokens.clamp_min(1)
             # A process's gradients belong to its own mean loss; the loss of all is the mean over processes.
             g, g_square = g / processes / scale, count * (g_square / processes**2 / scale / scale)
-            statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count)[0], g, g_square.sum()))
+            statistics.append(Statistics(tokens[0].clone(), a / count, (a_square / count).sum(), g, g_square.sum()))
         self.start_window()
         return statistics
 
@@ -174,8 +180,7 @@ class Capture:
             key = x._version, dtype, scope, scope.number, isinstance(rows, str)
             if self._read is not None and self._read[0]() is x and self._read[1] == key:
                 return self._read[2]
-        x_sum, x_square, tokens = kind.input_sums(module, x, dtype, None if isinstance(rows, str) else rows)
-        sums = torch.cat([tokens.view(1), x_sum, x_square.view(1)])
+        sums = kind.input_sums(module, x, dtype, None if isinstance(rows, str) else rows, self.with_squares)
         self._read = None if key is None else (weakref.ref(x), key, sums)
         return sums
 
@@ -290,8 +295,8 @@ def _commit(
         inputs.add_(sums.to(inputs.device))
         if capture.with_output_gradients:
             capture.saw_float16 |= grad.dtype == torch.float16
-            delta_sum, delta_square = capture.layers[index].kind.output_gradient_sums(grad, sums.dtype)
-            outputs.add_(torch.cat([delta_sum, delta_square.view(1)]).to(outputs.device))
+            kind = capture.layers[index].kind
+            outputs.add_(kind.output_gradient_sums(grad, sums.dtype, capture.with_squares).to(outputs.device))
 
 
 def _before_traced_model(
@@ -308,7 +313,7 @@ def _after_traced_layer(
     if capture.with_output_gradients and output.dtype == torch.float16:
         capture.saw_float16 = True
     kind, anchor, scope = capture.layers[index].kind, capture.anchors[index], capture.scopes[index]
-    wanted = capture.with_output_gradients
+    wanted = capture.with_output_gradients, capture.with_squares
     return traced.after_layer(kind, anchor, scope, index, wanted, module, args, kwargs, output)
 
 

@@ -235,6 +235,11 @@ class EvaConfig:
         return self.variant == "eva"
 
     @property
+    def needs_traces(self) -> bool:
+        """Whether the mean squared norms of what is captured are needed beside the mean vectors."""
+        return self.needs_inputs and self.curvature == "factored"
+
+    @property
     def needs_products_only(self) -> bool:
         """Whether nothing but products of gradients with vectors is needed to precondition them."""
         return self.base == "sgd" and self.curvature == "joint"

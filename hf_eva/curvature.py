@@ -87,7 +87,7 @@ def correction_of(
 def _observe_tokens(
     step: Step, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor
 ) -> Routine[Seen]:
-    """Variants `"eva"` and `"eva_f"`: average the mean vectors and the traces."""
+    """Variants `"eva"` and `"eva_f"`: average the mean vectors and, where they are needed, the traces."""
     tokens, a, a_squares, g, g_squares = (
         torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
     )
@@ -97,8 +97,10 @@ def _observe_tokens(
     if step.config.needs_output_gradients:
         scales = tokens.clamp_min(1).reciprocal() if step.config.g_scale == "mean" else torch.ones_like(tokens)
         new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
+    if not step.config.needs_traces:
+        new = {key: values for key, values in new.items() if not key.endswith("_square")}
     averages = {key: average(step.state, stack, key, values, seen.weights) for key, values in new.items()}
-    if step.config.curvature == "factored":
+    if step.config.needs_traces:
         bases: dict[str, Tensor] = {}
         traces: dict[str, Tensor] = {}
         for key in ("eva_g", "eva_a"):

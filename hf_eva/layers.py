@@ -49,19 +49,24 @@ class LayerKind:
         return vector.view(-1, *[1] * (ndim - 1))
 
     def input_sums(
-        self, module: nn.Module, x: Tensor, dtype: torch.dtype, real: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        module: nn.Module,
+        x: Tensor,
+        dtype: torch.dtype,
+        real: Tensor | None = None,
+        with_square: bool = True,
+    ) -> Tensor:
         """
-        `Σ x` of shape `(d_in,)`, `Σ ‖x‖²` and the number of tokens of an input as the module receives it. `real` says
-        with booleans `(tokens,)` which tokens count.
+        The number of tokens, `Σ x` of shape `(d_in,)` and, if wanted, `Σ ‖x‖²` of an input as the module receives it,
+        one after the other. `real` says with booleans `(tokens,)` which tokens count.
         """
         rows = x.reshape(-1, x.shape[-1])
         tokens = _count(len(rows), x.device, dtype) if real is None else real.sum(dtype=dtype)
-        return *_row_sums(rows, dtype, real), tokens
+        return torch.cat([tokens.view(1), _row_sums(rows, dtype, real, with_square)])
 
-    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`Σ δ` of shape `(d_out,)` and `Σ ‖δ‖²` of the gradient at the module's output."""
-        return _row_sums(grad.reshape(-1, grad.shape[-1]), dtype)
+    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype, with_square: bool = True) -> Tensor:
+        """`Σ δ` of shape `(d_out,)` and, if wanted, `Σ ‖δ‖²` of the gradient at the module's output."""
+        return _row_sums(grad.reshape(-1, grad.shape[-1]), dtype, with_square=with_square)
 
 
 class Conv1DKind(LayerKind):
@@ -106,16 +111,23 @@ class Conv2dKind(LayerKind):
         return stack.view(*stack.shape[:2], math.prod(stack.shape[2:]))  # a process may hold no row
 
     def input_sums(
-        self, module: nn.Module, x: Tensor, dtype: torch.dtype, real: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        module: nn.Module,
+        x: Tensor,
+        dtype: torch.dtype,
+        real: Tensor | None = None,
+        with_square: bool = True,
+    ) -> Tensor:
         assert isinstance(module, nn.Conv2d)
         if x.ndim == 3:
             x = x.unsqueeze(0)
         # Taking patches is linear, so the batch is summed first and only one image has to be unfolded.
         sums, positions = self._patch_sums(module, x.sum(0, keepdim=True, dtype=dtype))
-        norms = torch.linalg.vector_norm(x, dim=0, keepdim=True, dtype=dtype)
-        squares, _ = self._patch_sums(module, norms.square())
-        return sums, squares.sum(), _count(x.shape[0] * positions, x.device, dtype)
+        found = [_count(x.shape[0] * positions, x.device, dtype).view(1), sums]
+        if with_square:
+            norms = torch.linalg.vector_norm(x, dim=0, keepdim=True, dtype=dtype)
+            found.append(self._patch_sums(module, norms.square())[0].sum().view(1))
+        return torch.cat(found)
 
     def _patch_sums(self, module: nn.Conv2d, image: Tensor) -> tuple[Tensor, int]:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -134,9 +146,10 @@ class Conv2dKind(LayerKind):
         assert not isinstance(module.padding, str)
         return [int(side) for side in reversed(module.padding) for _ in range(2)]
 
-    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype, with_square: bool = True) -> Tensor:
         all_but_channels = (0, 2, 3) if grad.ndim == 4 else (1, 2)
-        return grad.sum(all_but_channels, dtype=dtype), _squares(grad, dtype)
+        sums = grad.sum(all_but_channels, dtype=dtype)
+        return torch.cat([sums, _square(grad, dtype)]) if with_square else sums
 
 
 KINDS: list[LayerKind] = [LayerKind(), Conv1DKind(), Conv2dKind()]
@@ -175,10 +188,11 @@ class Layer:
         """`(d_out, d_in)`."""
         return self.kind.shape(self.module)
 
-    def sizes_of_sums(self, with_output_gradients: bool) -> list[int]:
+    def sizes_of_sums(self, with_output_gradients: bool, with_squares: bool) -> list[int]:
         """How many numbers are summed in a window: tokens, inputs, their squares, output gradients, their squares."""
         d_out, d_in = self.shape
-        return [1, d_in, 1, *((d_out, 1) if with_output_gradients else (0, 0))]
+        square = int(with_squares)
+        return [1, d_in, square, *((d_out, square) if with_output_gradients else (0, 0))]
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -200,28 +214,28 @@ def _count(tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.full((), tokens, device=device, dtype=dtype)
 
 
-def _row_sums(rows: Tensor, dtype: torch.dtype, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sum `(d,)` of rows `(n, d)` and `Σ ‖row‖²`, in one precision; of those only that are `real`."""
+def _row_sums(rows: Tensor, dtype: torch.dtype, real: Tensor | None = None, with_square: bool = True) -> Tensor:
+    """The sum `(d,)` of rows `(n, d)` and, if wanted, `Σ ‖row‖²`, in one precision; of those only that are `real`."""
     if rows.device.type != "cpu" or (rows.dtype == dtype and real is None):
         chosen = rows if real is None else _chosen(rows, real)
-        return chosen.sum(0, dtype=dtype), _squares(chosen, dtype)
+        sums = chosen.sum(0, dtype=dtype)
+        return torch.cat([sums, _square(chosen, dtype)]) if with_square else sums
     # On a CPU a reduction in higher precision begins with a copy of everything, and so does a choice of rows: in parts
     # that the caches hold, it needs no memory and a quarter of the time.
     size = max(1, BLOCK // rows.shape[1])
-    sums, squares = [], []
+    found = []
     for start in range(0, max(1, len(rows)), size):
         part = rows[start : start + size].to(dtype)
         if real is not None:
             part = _chosen(part, real[start : start + size])
-        sums.append(part.sum(0))
-        squares.append(_squares(part, dtype))
-    return torch.stack(sums).sum(0), torch.stack(squares).sum()
+        found.append(_row_sums(part, dtype, with_square=with_square))
+    return torch.stack(found).sum(0)
 
 
 def _chosen(rows: Tensor, real: Tensor) -> Tensor:
     return torch.where(real.unsqueeze(1), rows, 0)  # no product: padding may hold anything, also NaN
 
 
-def _squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _square(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm.square()
+    return norm.square().view(1)

@@ -105,9 +105,8 @@ class Eva(torch.optim.Optimizer):
         self.grad_scaler = grad_scaler
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
-            self._capture = Capture(
-                plan.model, self.layers, self.config.needs_output_gradients, self.config.mask_padding
-            )
+            needed = self.config.needs_output_gradients, self.config.needs_traces
+            self._capture = Capture(plan.model, self.layers, *needed, mask_padding=self.config.mask_padding)
         self._warned: set[int] = set()
         self._watch = Watch(partial(_name_in, plan))
         self._steps, self._is_rehearsal = 0, False

@@ -182,9 +182,10 @@ def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, .
     d_out, d_in = layer.shape
     shapes: dict[str, tuple[int, ...]] = {"eva_updates": ()}
     if config.needs_inputs:
-        shapes |= {"eva_a": (d_in,), "eva_a_square": ()}
+        vectors: dict[str, tuple[int, ...]] = {"eva_a": (d_in,)}
         if config.needs_output_gradients:
-            shapes |= {"eva_g": (d_out,), "eva_g_square": ()}
+            vectors["eva_g"] = (d_out,)
+        shapes |= vectors | {f"{key}_square": () for key in vectors if config.needs_traces}
     elif config.curvature == "joint":
         shapes |= {f"eva_v{axis}": (size,) for axis, size in enumerate(layer.weight.shape)}
     else:
@@ -334,7 +335,7 @@ def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig
 def _sent_bytes(layers: Sequence[Layer], config: EvaConfig) -> int:
     if not layers or not config.needs_inputs:
         return 0
-    numbers = sum(sum(layer.sizes_of_sums(config.needs_output_gradients)) for layer in layers)
+    numbers = sum(sum(layer.sizes_of_sums(config.needs_output_gradients, config.needs_traces)) for layer in layers)
     return numbers * max(working_dtype(layer.weight).itemsize for layer in layers)
 
 

@@ -75,9 +75,13 @@ class Step:
         parameters = [p for group in self.groups for p in group["params"] if id(p) in self.sizes]
         numbers = [(parameter, self.sizes[id(parameter)].total) for parameter in parameters]
         if self.statistics is not None:
-            used = [pair for stack in self.stacks for pair in zip(stack.weights, stack.indices, strict=True)]
-            numbers += [(weight, self.statistics[index].a_square) for weight, index in used]
-            numbers += [(weight, self.statistics[index].g_square) for weight, index in used]
+            weights = [weight for stack in self.stacks for weight in stack.weights]
+            used = [self.statistics[index] for stack in self.stacks for index in stack.indices]
+            if self.config.needs_traces:
+                squares = [s.a_square for s in used] + [s.g_square for s in used]
+            else:
+                squares = squared_norms_of([s.a for s in used] + [s.g for s in used])
+            numbers += zip(weights + weights, squares, strict=True)
         self.sound = watch.judge(numbers)
 
     def squares_of(self, weights: Sequence[Tensor]) -> Tensor:

@@ -42,13 +42,16 @@ def after_layer(
     anchor: Tensor,
     scope: MaskScope,
     index: int,
-    with_output_gradients: bool,
+    wanted: tuple[bool, bool],
     module: nn.Module,
     args: Any,
     kwargs: Any,
     output: Tensor,
 ) -> Tensor | None:
-    """What the hook of a layer does in a graph; returns the output, tied to the layer's anchor."""
+    """
+    What the hook of a layer does in a graph; returns the output, tied to the layer's anchor. `wanted` are the sums of
+    output gradients, and squares.
+    """
     x = args[0] if args else next(iter(kwargs.values()))
     rows = scope.rows(index, x)
     if isinstance(rows, str) and rows == "none":
@@ -57,27 +60,26 @@ def after_layer(
         real = None if isinstance(rows, str) else rows
         weight = module.weight
         assert isinstance(weight, Tensor)
-        x_sum, x_square, tokens = kind.input_sums(module, x.detach(), working_dtype(weight), real)
-        sums = torch.cat([tokens.view(1), x_sum, x_square.view(1)])
-    tied: Tensor = _Tie.apply(output, anchor, sums, kind, with_output_gradients)  # type: ignore[no-untyped-call]
+        sums = kind.input_sums(module, x.detach(), working_dtype(weight), real, wanted[1])
+    tied: Tensor = _Tie.apply(output, anchor, sums, kind, wanted)  # type: ignore[no-untyped-call]
     return tied
 
 
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, sums: Tensor, kind: LayerKind, with_output_gradients: bool
+        ctx: Any, output: Tensor, anchor: Tensor, sums: Tensor, kind: LayerKind, wanted: tuple[bool, bool]
     ) -> Tensor:
         ctx.save_for_backward(sums, anchor)
-        ctx.kind, ctx.with_output_gradients = kind, with_output_gradients
+        ctx.kind, ctx.wanted = kind, wanted
         ctx.mark_dirty(output)  # it is the same tensor, also for what works in place on it
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         sums, anchor = ctx.saved_tensors
-        if ctx.with_output_gradients:
-            delta_sum, delta_square = ctx.kind.output_gradient_sums(grad, sums.dtype)
-            sums = torch.cat([sums, delta_sum, delta_square.view(1)])
+        with_output_gradients, with_squares = ctx.wanted
+        if with_output_gradients:
+            sums = torch.cat([sums, ctx.kind.output_gradient_sums(grad, sums.dtype, with_squares)])
         # A model that has been moved has new anchors after its next step.
         return grad, sums.to(anchor), None, None, None

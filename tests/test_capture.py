@@ -63,12 +63,20 @@ def test_without_output_gradients_only_inputs_are_summed():
     assert all(value.abs().sum() == 0 for name, value in found.items() if name not in inputs)
 
 
-@pytest.mark.parametrize(("variant", "numbers"), [("eva", 18 + 16 + 3 * 3), ("eva_f", 18 + 3 * 2)])
-def test_a_step_sends_what_its_variant_needs_at_once(variant, numbers, monkeypatch):
+@pytest.mark.parametrize(
+    ("config", "numbers"),
+    [
+        (EvaConfig(variant="eva"), 18 + 16 + 3 * 3),
+        (EvaConfig(variant="eva_f"), 18 + 3 * 2),
+        (EvaConfig.paper("eva"), 18 + 16 + 3),  # no traces
+        (EvaConfig.paper("eva_f"), 18 + 3),
+    ],
+)
+def test_a_step_sends_what_its_variant_needs_at_once(config, numbers, monkeypatch):
     sent = []
     monkeypatch.setattr(hf_eva.capture, "begin_sum_", lambda buffer: sent.append(len(buffer)) or (1, None))
     model = mlp()
-    optimizer = create_eva_optimizer(model, config=EvaConfig(variant=variant))
+    optimizer = create_eva_optimizer(model, config=config)
     for _ in range(2):
         train(model, optimizer, steps=1, micro_batches=3)
     assert sent == [numbers] * 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near
+from helpers import assert_equal, assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import output_tokens, tokens
@@ -34,6 +34,10 @@ def layers():
     yield "conv2d, one image", nn.Conv2d(2, 3, 3), (2, 8, 7)
 
 
+def sums_of(rows):
+    return torch.cat([rows.sum(0), rows.square().sum().view(1)])
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(("module", "shape"), [pytest.param(*case, id=name) for name, *case in layers()])
 def test_the_sums_of_a_call(module, shape):
@@ -46,10 +50,12 @@ def test_the_sums_of_a_call(module, shape):
     X = tokens(module, x.unsqueeze(0) if batched else x)
     D = output_tokens(module, delta.unsqueeze(0) if batched else delta)
 
-    total, square, count = kind.input_sums(module, x, torch.float64)
-    assert count == len(X) == len(D)
-    assert_near([total, square], [X.sum(0), X.square().sum()], 1e-12)
-    assert_near(list(kind.output_gradient_sums(delta, torch.float64)), [D.sum(0), D.square().sum()], 1e-12)
+    found = kind.input_sums(module, x, torch.float64), kind.output_gradient_sums(delta, torch.float64)
+    assert found[0][0] == len(X) == len(D)
+    assert_near(found, [torch.cat([torch.tensor([len(X)]), sums_of(X)]), sums_of(D)], 1e-12)
+    without = kind.input_sums(module, x, torch.float64, with_square=False)
+    assert_equal([without], [found[0][:-1]])
+    assert_equal([kind.output_gradient_sums(delta, torch.float64, with_square=False)], [found[1][:-1]])
 
     # The module is the Linear over these rows, and its gradient as a matrix is the sum of their outer products.
     assert kind.shape(module) == (D.shape[1], X.shape[1])
@@ -83,11 +89,11 @@ def test_sums_of_batches_of_any_layout(layout, width, memory, dtype, is_masked):
     kind, rows, working = kind_of(module), x.double().reshape(-1, width), torch.promote_types(dtype, torch.float32)
     real = torch.rand(len(rows)) > 0.5 if is_masked else None
     wanted = rows if real is None else rows[real]
-    total, square, count = kind.input_sums(module, x, working, real)
-    assert count == len(wanted) and {total.dtype, square.dtype, count.dtype} == {working}
+    found = kind.input_sums(module, x, working, real)
+    assert found[0] == len(wanted) and found.dtype == working
     allowed = 1e-12 if dtype == torch.float64 else 1e-3
-    assert_near([total, square], [wanted.sum(0), wanted.square().sum()], allowed)
-    assert_near(list(kind.output_gradient_sums(x, working)), [rows.sum(0), rows.square().sum()], allowed)
+    assert_near([found[1:], kind.output_gradient_sums(x, working)], [sums_of(wanted), sums_of(rows)], allowed)
+    assert_equal([kind.input_sums(module, x, working, real, False)], [found[:-1]])
 
 
 def test_conv1d_stores_the_transpose():
@@ -110,13 +116,12 @@ def test_sums_are_taken_in_float32(module, shape, dtype):
     """In bfloat16 a sum of ones ends at 256; in float16 a sum of squares of 300 is infinite."""
     kind, x = kind_of(module), torch.full(shape, 300.0, dtype=dtype)
     X = tokens(module, x.double())
-    total, square, _ = kind.input_sums(module, x, torch.float32)
-    assert total.dtype == square.dtype == torch.float32
-    torch.testing.assert_close(total.double(), X.sum(0))
-    torch.testing.assert_close(square.double(), X.square().sum())
-    total, square = kind.output_gradient_sums(torch.ones_like(module(x.float()), dtype=dtype), torch.float32)
-    assert total.dtype == square.dtype == torch.float32
-    assert total.unique().item() == len(X) and square.item() == pytest.approx(len(X) * len(total))
+    found = kind.input_sums(module, x, torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[1:].double(), sums_of(X))
+    found = kind.output_gradient_sums(torch.ones_like(module(x.float()), dtype=dtype), torch.float32)
+    assert found.dtype == torch.float32
+    assert found[:-1].unique().item() == len(X) and found[-1].item() == pytest.approx(len(X) * len(found[:-1]))
 
 
 class Custom(nn.Linear):
@@ -156,10 +161,10 @@ def test_sums_in_higher_precision_copy_no_input(is_masked, monkeypatch):
     real = torch.arange(1000) % 3 > 0 if is_masked else None
     kind, wanted = kind_of(module), (x if real is None else x[real]).double()
     with torch.profiler.profile(profile_memory=True) as profiled:
-        total, square, count = kind.input_sums(module, x, torch.float32, real)
+        count, total, square = kind.input_sums(module, x, torch.float32, real).split([1, 64, 1])
     allocated = [event.cpu_memory_usage for event in profiled.events() if event.name.startswith("aten::empty")]
     assert 0 < max(allocated) <= 2**10 * 4
     assert count == len(wanted)
-    assert_near([total / count, square / count], [wanted.mean(0), wanted.square().sum(1).mean()], 1e-4)
+    assert_near([total / count, square / count], [wanted.mean(0), wanted.square().sum(1).mean().view(1)], 1e-4)
     if real is None:
-        assert_near(list(kind.output_gradient_sums(x, torch.float32)), [wanted.sum(0), wanted.square().sum()], 0.1)
+        assert_near([kind.output_gradient_sums(x, torch.float32)], [sums_of(wanted)], 0.1)

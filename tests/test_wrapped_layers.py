@@ -120,7 +120,9 @@ def quantized(folder, bits, skipped=("classifier",)):
     from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(**BITS[bits], llm_int8_skip_modules=list(skipped))
-    return AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=config, **still)
+    return model.train()  # otherwise bitsandbytes packs the weights anew on some CPUs, and not of every shape
 
 
 def trained(model):
