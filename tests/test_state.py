@@ -180,7 +180,11 @@ def trained(config: EvaConfig | None = None) -> tuple[nn.Module, Eva]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (EvaConfig(rank=3), r"0 has eva_a\[6, 6\], .*eva_g\[5, 5\].* where eva_a\[6, 3\], .*eva_g\[5, 3\].* expected"),
+        (
+            EvaConfig(rank=3),
+            r"0 has eva_a\[6, 6\], eva_agreement\[2\], eva_g\[5, 5\].* "
+            r"where eva_a\[6, 3\], eva_agreement\[2\], eva_g\[5, 3\].* is expected",
+        ),
         (EvaConfig.paper("eva"), r"0 has eva_a\[6, 6\].* where eva_a\[6\], eva_g\[5\] is expected"),
         (EvaConfig.paper("eva_s"), r"where eva_v0\[5\], eva_v1\[6\] is expected"),
     ],
