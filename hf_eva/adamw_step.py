@@ -16,9 +16,10 @@ from .soundness import replace_unless_
 from .stacks import Stack
 from .step import Step
 
-# Times the learning rate, for embeddings: beside layers whose steps reach further where curvature turns them, those of
-# AdamW are short.
-EMBEDDING_FACTOR = 2.0
+# Lengths of steps beside AdamW's at the same learning rate. It has to be small enough for the steepest directions, along
+# which momenta are shortened here, and embeddings have to keep up with the layers.
+LAYER_FACTOR = 3.0
+EMBEDDING_FACTOR = 6.0
 
 
 def adamw_step(step: Step) -> None:
@@ -32,8 +33,11 @@ def adamw_step(step: Step) -> None:
         embeddings = [parameter for parameter in others if id(parameter) in step.by_rows]
         squares = [step.sizes[id(parameter)].squares for parameter in embeddings]
         base.row_adamw_(embeddings, squares, step.state, group, EMBEDDING_FACTOR, step.sound, low)
-        if len(embeddings) < len(others):
-            base.adamw_([p for p in others if id(p) not in step.by_rows], step.state, group, step.sound)
+        tables = [parameter for parameter in others if id(parameter) in step.tables]
+        rest = [parameter for parameter in others if id(parameter) not in step.by_rows | step.tables]
+        for parameters, factor in ((tables, EMBEDDING_FACTOR), (rest, 1.0)):
+            if parameters:
+                base.adamw_(parameters, step.state, group, step.sound, factor)
 
 
 def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:
@@ -50,8 +54,8 @@ def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:
         [local(weight) for weight in stack.weights],
         gradients.unbind(),
         [stack.kind.rows(scale, gradients.ndim - 1) for scale in by_layer],
-        stack.group["lr"],
-        stack.group["weight_decay"],
+        stack.group["lr"] * LAYER_FACTOR,
+        stack.group["weight_decay"] / LAYER_FACTOR,
         sound,
     )
 
@@ -66,7 +70,8 @@ def _correction_and_scales(
     row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
     mixed, numel = momentum_squares.sum(1), stack.layers[0].weight.numel()
-    norms, largest = mixed.sqrt(), factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
+    norms, lr = mixed.sqrt(), stack.group["lr"] * LAYER_FACTOR
+    largest = factors.largest_sizes(weights.sqrt(), numel, lr)
     agreements = yield from _agreements(step, stack, seen, mixed)
     (found,) = yield from at_once(
         factors.momenta_of,

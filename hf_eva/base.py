@@ -36,8 +36,17 @@ def can_fuse(params: Iterable[Tensor | dict[str, Any]]) -> bool:
     return precise and all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in tensors)
 
 
-def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], sound: Tensor | None = None) -> None:
-    """One step of `torch.optim.AdamW`, through its functional form and with its state, for parameters with `.grad`."""
+def adamw_(
+    parameters: Sequence[Tensor],
+    state: State,
+    group: Mapping[str, Any],
+    sound: Tensor | None = None,
+    factor: float = 1.0,
+) -> None:
+    """
+    One step of `torch.optim.AdamW`, through its functional form and with its state, for parameters with `.grad`. It is
+    `factor` times as long, weight decay apart.
+    """
     for parameter in parameters:
         entry = state[parameter]
         if "exp_avg" not in entry:
@@ -64,8 +73,8 @@ def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=group["lr"] * factor,
+            weight_decay=group["weight_decay"] / factor,
             eps=group["eps"],
             maximize=False,
         )
@@ -81,8 +90,8 @@ def row_adamw_(
     momentum_dtype: torch.dtype | None = None,
 ) -> None:
     """
-    AdamW with one second moment per row, the mean over its entries, and `factor` times the learning rate; for
-    embeddings, whose rows are the parameters of one token each. `squares` are the [`mean_squares`] of the gradients'
+    AdamW as in [`adamw_`], with one second moment per row, the mean over its entries; for embeddings, whose rows are
+    the parameters of one token each. `squares` are the [`mean_squares`] of the gradients'
     whole rows, and `momentum_dtype` is what the first moment is kept in, by default that of the parameter.
     """
     beta1, beta2 = group["betas"]

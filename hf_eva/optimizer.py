@@ -18,7 +18,7 @@ from .capture import Capture, Statistics
 from .config import EvaConfig
 from .diagnostics import LastStep
 from .layers import Layer
-from .selection import Plan, embeddings_of
+from .selection import Plan, embeddings_of, tables_of
 from .sgd_step import sgd_step
 from .shards import align_, refusal
 from .soundness import Watch, can_read
@@ -102,6 +102,7 @@ class Eva(torch.optim.Optimizer):
             if sentence := _refusal_of(layer, layer.weight):
                 raise ValueError(sentence)
         self._embeddings = embeddings_of(plan.model, self.config)
+        self._tables = tables_of(plan.model, self.config)
         self.grad_scaler = grad_scaler
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
@@ -179,6 +180,7 @@ class Eva(torch.optim.Optimizer):
             stacks=self._stacks(statistics),
             statistics=statistics,
             by_rows=by_rows,
+            tables={id(getattr(module, name)) for module, name in self._tables},
             sizes=sizes,
             number=self._steps,
             scratch=self._scratch,
@@ -263,7 +265,7 @@ class Eva(torch.optim.Optimizer):
 
     @property
     def _by_rows(self) -> set[int]:
-        """The ids of the weights of embeddings."""
+        """The ids of the weights of `nn.Embedding`."""
         return {id(module.weight) for module in self._embeddings}
 
     def _was_called(self, index: int, layer: Layer, statistics: Statistics) -> bool:

@@ -177,6 +177,21 @@ def embeddings_of(model: nn.Module, config: EvaConfig) -> list[nn.Embedding]:
     return [module for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
+def tables_of(model: nn.Module, config: EvaConfig) -> list[tuple[nn.Module, str]]:
+    """
+    Embeddings that modules hold themselves, with a dimension for the batch and as a rule for all of it, such as a
+    ViT's `position_embeddings` and `cls_token`, as modules and names of their parameters; none where Eva is off.
+    """
+    if config.base != "adamw" or config.variant == "none":
+        return []
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2 and len(parameter) == 1 and re.search("emb|token", name)
+    ]
+
+
 def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of each running statistic that the optimizer keeps for a layer; matrices are bases."""
     d_out, d_in = layer.shape
