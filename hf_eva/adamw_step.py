@@ -16,10 +16,7 @@ from .soundness import replace_unless_
 from .stacks import Stack
 from .step import Step
 
-# Lengths of steps beside AdamW's at the same learning rate. It has to be small enough for the steepest directions, along
-# which momenta are shortened here, and embeddings have to keep up with the layers.
-LAYER_FACTOR = 3.0
-EMBEDDING_FACTOR = 6.0
+EMBEDDING_FACTOR = 2 * factors.LAYER_FACTOR  # times the learning rate: embeddings have to keep up with the layers
 
 
 def adamw_step(step: Step) -> None:
@@ -54,8 +51,8 @@ def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:
         [local(weight) for weight in stack.weights],
         gradients.unbind(),
         [stack.kind.rows(scale, gradients.ndim - 1) for scale in by_layer],
-        stack.group["lr"] * LAYER_FACTOR,
-        stack.group["weight_decay"] / LAYER_FACTOR,
+        stack.group["lr"],
+        stack.group["weight_decay"],
         sound,
     )
 
@@ -70,8 +67,7 @@ def _correction_and_scales(
     row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
     mixed, numel = momentum_squares.sum(1), stack.layers[0].weight.numel()
-    norms, lr = mixed.sqrt(), stack.group["lr"] * LAYER_FACTOR
-    largest = factors.largest_sizes(weights.sqrt(), numel, lr)
+    norms, largest = mixed.sqrt(), factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
     agreements = yield from _agreements(step, stack, seen, mixed)
     (found,) = yield from at_once(
         factors.momenta_of,

@@ -18,7 +18,8 @@ from .routines import Routine, at_once
 from .shards import WHOLE, Part
 from .subspaces import column_norms, unit_columns
 
-LEAST_COSINE = 0.5  # of an update with its momentum: no step is more than twice as long as one of AdamW
+LAYER_FACTOR = 3.0  # length of a step beside AdamW's at the same learning rate, which what is steep keeps that small
+LEAST_COSINE = 0.5  # of an update with its momentum: no step is made more than twice as long for it
 NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
 LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it
 SMALL_CHANGE = 4.0  # times smaller than that, a step is no risk to a weight, and need not spread over all directions
@@ -262,12 +263,12 @@ def row_shares(squares: Tensor) -> Tensor:
 
 def largest_sizes(weight_norms: Tensor, numel: int, lr: float) -> Tensor:
     """
-    Sizes of updates that change weights by [`LARGEST_CHANGE`] of their root mean square.
+    Sizes of updates, in units of [`LAYER_FACTOR`], that change weights by [`LARGEST_CHANGE`] of their root mean square.
 
     A bound of trust: in a new network, whose weights are small, all gradients of the first steps agree, and steps of
     AdamW's full size throw away what its first weights were made for.
     """
-    return weight_norms * (LARGEST_CHANGE / (math.sqrt(numel) * max(lr, TINY)))
+    return weight_norms * (LARGEST_CHANGE / (math.sqrt(numel) * max(LAYER_FACTOR * lr, TINY)))
 
 
 def row_scales(
@@ -280,13 +281,14 @@ def row_scales(
     largest: Tensor,
 ) -> Tensor:
     """
-    What to multiply the rows of each update `P` with: no row dominates, and the step has the size of one of AdamW's.
+    What to multiply the rows of each update `P` with: no row dominates, and the step has [`LAYER_FACTOR`] times the
+    size of one of AdamW's.
 
     Rows are divided by the root of their running share, as in NorMuon (Li et al., arXiv 2510.05491). An update of
-    AdamW has entries of the size `c = ‖M̂‖ / sqrt(E‖G‖²)`: 1 where gradients agree, about 0.2 where they are noise. So
-    has this one, where they are noise. Where they agree (`c ≥ ½`) it is longer, so that it goes as far along the
-    momentum as AdamW's size allows, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`, up to twice as long; in between the cosine of update
-    and momentum counts to the power `2c`. No `c` is above 1, nor above `largest` where noise is not.
+    AdamW has entries of the size `c = ‖M̂‖ / sqrt(E‖G‖²)`: 1 where gradients agree, about 0.2 where they are noise.
+    Times the factor so has this one, where they are noise. Where they agree (`c ≥ ½`) it is longer, so that it goes as
+    far along the momentum as one of that size can, `⟨P, M⟩ = c ‖M‖ sqrt(numel)`, up to twice as long; in between the
+    cosine of update and momentum counts to the power `2c`. No `c` is above 1, nor above `largest` where noise is not.
 
     Args:
         squares, products (`Tensor` of shape `(n, d_out)`): `‖P‖²` and `⟨P, M⟩` of every row, where `M` is the momentum
@@ -305,4 +307,4 @@ def row_scales(
     cosines = (dot(products, levels) / (lengths * norms.clamp_min(TINY))).clamp(LEAST_COSINE, 1.0)
     sizes = sizes.minimum(largest.clamp(NOISE_SIZE, 1.0))
     reaches = cosines.pow((2 * sizes).clamp_max(1.0))
-    return levels * (sizes * numels.sqrt() / (reaches * lengths)).unsqueeze(1)
+    return levels * (LAYER_FACTOR * sizes * numels.sqrt() / (reaches * lengths)).unsqueeze(1)
