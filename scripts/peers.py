@@ -264,7 +264,7 @@ PEERS = {
         "pytorch_optimizer.ScheduleFreeAdamW, warmup over a tenth of the steps",
         schedule="constant",
     ),
-    "eva": _peer(_eva("recipe"), 1.0, "hf_eva, EvaConfig()"),
+    "eva": _peer(_eva("recipe"), 0.5, "hf_eva, EvaConfig()"),
     "paper_eva": _peer(_eva("paper_eva"), 100.0, 'hf_eva, EvaConfig.paper("eva")'),
     "paper_eva_f": _peer(_eva("paper_eva_f"), 30.0, 'hf_eva, EvaConfig.paper("eva_f")'),
     "paper_eva_s": _peer(_eva("paper_eva_s"), 50.0, 'hf_eva, EvaConfig.paper("eva_s")'),

@@ -124,6 +124,40 @@ def test_embeddings_of_a_model_get_their_rule():
     assert switched_off.state[model[0].weight]["exp_avg_sq"].shape == (7, 6)
 
 
+class Tables(torch.nn.Module):
+    """Parameters that a module holds itself: two tables of embeddings, and what only looks like one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 5)
+        shapes = {"pos_embed": (1, 7, 6), "cls_token": (1, 1, 6), "experts": (1, 7, 6), "embedded_experts": (2, 7, 6)}
+        for name, shape in shapes.items():
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
+
+
+def test_tables_of_embeddings_step_as_far_as_embeddings():
+    model = Tables().double()
+    expected = copy.deepcopy(model)
+    optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [expected.pos_embed, expected.cls_token], "lr": 6 * 0.01, "weight_decay": 0.1 / 6},
+            {"params": [expected.experts, expected.embedded_experts], "weight_decay": 0.1},
+            {"params": [expected.layer.bias], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        fused=True,
+    )
+    for _ in range(3):
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        adamw.step()
+    for name in ("pos_embed", "cls_token", "experts", "embedded_experts", "layer.bias"):
+        assert_near([model.get_parameter(name)], [expected.get_parameter(name)], 1e-12)
+
+
 @pytest.mark.parametrize("block", [base.BLOCK, 4], ids=["all at once", "in blocks"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_momentum(nesterov, block, monkeypatch):

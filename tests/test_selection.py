@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hf_eva import EvaConfig, capture, create_eva_optimizer, plan
+from hf_eva.selection import tables_of
 
 
 def taken(model, *args, **kwargs) -> set[str]:
@@ -44,6 +45,9 @@ def test_the_layers_of_models_in_their_usual_size(name):
     assert len(found.layers) == FAMILIES[name].base_layers
     assert found.state_bytes < found.adamw_bytes
     assert "×12" in str(found)
+    tables = {table for _, table in tables_of(model, EvaConfig())}
+    assert tables == ({"cls_token", "position_embeddings"} if name == "vit" else set())
+    assert not tables_of(model, EvaConfig(variant="none")) and not tables_of(model, EvaConfig.paper("eva"))
 
 
 def test_output_embeddings_are_left_out():

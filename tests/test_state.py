@@ -135,7 +135,7 @@ def test_low_momentum_trains_as_well():
     models[1].load_state_dict(models[0].state_dict())
     pairs = zip(models, (EvaConfig(rank=3), LOW), strict=True)
     one, other = (
-        train_text(model, create_eva_optimizer(model, lr=0.01, config=config), 24) for model, config in pairs
+        train_text(model, create_eva_optimizer(model, lr=0.003, config=config), 24) for model, config in pairs
     )
     assert one[-1] < 0.9 * one[0] and one != other
     assert other == pytest.approx(one, rel=2e-3)
