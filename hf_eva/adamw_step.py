@@ -1,4 +1,4 @@
-"""The step of base `"adamw"`: momentum, preconditioned and scaled to AdamW's size, and AdamW for everything else."""
+"""The step of base `"adamw"`: momentum, preconditioned and scaled by AdamW's size, and AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .soundness import replace_unless_
 from .stacks import Stack
 from .step import Step
 
-EMBEDDING_FACTOR = 2 * factors.LAYER_FACTOR  # times the learning rate: embeddings have to keep up with the layers
+EMBEDDING_FACTOR = 6.0  # times the learning rate: embeddings have to keep up with the layers
 
 
 def adamw_step(step: Step) -> None:

@@ -1,5 +1,5 @@
 """
-The recipe: momenta `(n, d_out, d_in)` preconditioned by two low-rank factors, and scaled to the size of AdamW's.
+The recipe: momenta `(n, d_out, d_in)` preconditioned by two low-rank factors, and scaled to a multiple of AdamW's size.
 
 The conventions are those of [`formula`].
 """
@@ -18,7 +18,7 @@ from .routines import Routine, at_once
 from .shards import WHOLE, Part
 from .subspaces import column_norms, unit_columns
 
-LAYER_FACTOR = 3.0  # length of a step beside AdamW's at the same learning rate, which what is steep keeps that small
+LAYER_FACTOR = 4.0  # length of a step beside AdamW's at the same learning rate, which what is steep keeps that small
 LEAST_COSINE = 0.5  # of an update with its momentum: no step is made more than twice as long for it
 NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
 LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it

@@ -34,7 +34,7 @@ class Eva(torch.optim.Optimizer):
     Second-order training with vectors instead of matrices (Zhang, Shi and Li, ICLR 2023, arXiv 2308.02123).
 
     The weights of the planned layers get a preconditioned update, all other parameters the plain base rule: AdamW with
-    the default config (embeddings with one second moment per row and twice the learning rate), SGD with momentum under
+    the default config (embeddings with one second moment per row and longer steps), SGD with momentum under
     [`EvaConfig.paper`]. Usually made by [`create_eva_optimizer`].
 
     Args:
