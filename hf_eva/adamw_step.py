@@ -24,14 +24,14 @@ def adamw_step(step: Step) -> None:
     for wave in step.waves():
         together(_adamw_stack(step, stack) for stack in wave)
     planned = {id(weight) for stack in step.stacks for weight in stack.weights}
-    low = momentum_dtype(step.config)
+    embedded, low = step.by_rows | step.tables, momentum_dtype(step.config)
     for group in step.groups:
         others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
         embeddings = [parameter for parameter in others if id(parameter) in step.by_rows]
         squares = [step.sizes[id(parameter)].squares for parameter in embeddings]
         base.row_adamw_(embeddings, squares, step.state, group, EMBEDDING_FACTOR, step.sound, low)
         tables = [parameter for parameter in others if id(parameter) in step.tables]
-        rest = [parameter for parameter in others if id(parameter) not in step.by_rows | step.tables]
+        rest = [parameter for parameter in others if id(parameter) not in embedded]
         for parameters, factor in ((tables, EMBEDDING_FACTOR), (rest, 1.0)):
             if parameters:
                 base.adamw_(parameters, step.state, group, step.sound, factor)

@@ -1,5 +1,5 @@
 """
-The recipe: momenta `(n, d_out, d_in)` preconditioned by two low-rank factors, and scaled to a multiple of AdamW's size.
+The recipe: momenta `(n, d_out, d_in)` preconditioned by two low-rank factors, and scaled by the size of AdamW's.
 
 The conventions are those of [`formula`].
 """
@@ -18,7 +18,7 @@ from .routines import Routine, at_once
 from .shards import WHOLE, Part
 from .subspaces import column_norms, unit_columns
 
-LAYER_FACTOR = 4.0  # length of a step beside AdamW's at the same learning rate, which what is steep keeps that small
+LAYER_FACTOR = 4.0  # times AdamW's size: its learning rate suits what is steep, along which momenta are shortened
 LEAST_COSINE = 0.5  # of an update with its momentum: no step is made more than twice as long for it
 NOISE_SIZE = 0.2  # of AdamW's update where gradients are noise
 LARGEST_CHANGE = 0.05  # of a weight in one step, where the step is longer than noise would make it
@@ -263,7 +263,7 @@ def row_shares(squares: Tensor) -> Tensor:
 
 def largest_sizes(weight_norms: Tensor, numel: int, lr: float) -> Tensor:
     """
-    Sizes of updates, in units of [`LAYER_FACTOR`], that change weights by [`LARGEST_CHANGE`] of their root mean square.
+    Sizes of updates, times [`LAYER_FACTOR`], that change weights by [`LARGEST_CHANGE`] of their root mean square.
 
     A bound of trust: in a new network, whose weights are small, all gradients of the first steps agree, and steps of
     AdamW's full size throw away what its first weights were made for.

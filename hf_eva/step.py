@@ -45,9 +45,9 @@ class Step:
     What all parts of one step share.
 
     `stacks` are the layers that it preconditions, `statistics` those of all planned layers where they are captured,
-    `by_rows` the ids of the weights of `nn.Embedding`, and `tables` those of other embeddings. `sizes` are those of all
-    gradients, see [`sizes_of`]. `number` counts steps from 1. The first look tells `sound`, which says on the device
-    whether there is a step, and is `None` where there is.
+    `by_rows` the ids of the weights of `nn.Embedding`, and `tables` those of other embeddings. `sizes` are those of
+    all gradients, see [`sizes_of`]. `number` counts steps from 1. The first look tells `sound`, which says on the
+    device whether there is a step, and is `None` where there is.
     """
 
     config: EvaConfig
