@@ -55,7 +55,7 @@ def assert_same(one: Run, other: Run, largest: float = 1e-9, config: EvaConfig |
 
 
 def train(
-    animal: Animal, config: EvaConfig, way: Way, steps: int = 3, model: nn.Module | None = None, lr: float = 1e-2
+    animal: Animal, config: EvaConfig, way: Way, steps: int = 3, model: nn.Module | None = None, lr: float = 1e-3
 ) -> Run:
     """Trains the animal's model, in double precision, on other sentences at every step."""
     model = animal.build() if model is None else model
