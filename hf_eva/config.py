@@ -86,9 +86,9 @@ class EvaConfig:
     )
     base: Base = _hyperparameter(
         "adamw",
-        "Rule that consumes the direction. 'adamw': momentum is preconditioned and scaled to the size of an AdamW "
-        "update, weight decay is decoupled, all other parameters get AdamW. 'sgd': the gradient is preconditioned and "
-        "every parameter gets SGD with momentum.",
+        "Rule that consumes the direction. 'adamw': momentum is preconditioned and scaled to four times the size of "
+        "an AdamW update, weight decay is decoupled, all other parameters get AdamW. 'sgd': the gradient is "
+        "preconditioned and every parameter gets SGD with momentum.",
     )
     momentum: float = _hyperparameter(0.9, "Momentum of the base rule.", minimum=0.0, below=1.0)
     nesterov: bool = _hyperparameter(True, "Use Nesterov momentum.")
@@ -120,7 +120,7 @@ class EvaConfig:
             )
         if self.base == "adamw" and self.kl_mode != "none":
             raise ValueError(
-                f"kl_mode={self.kl_mode!r} needs base='sgd': base='adamw' already scales each layer to the size of an "
+                f"kl_mode={self.kl_mode!r} needs base='sgd': base='adamw' already scales each layer by the size of an "
                 "AdamW update."
             )
         if self.momentum_dtype != "float32" and (self.base != "adamw" or self.variant == "none"):
