@@ -172,17 +172,17 @@ def plan(
 
 def embeddings_of(model: nn.Module, config: EvaConfig) -> list[nn.Embedding]:
     """The modules whose weight keeps one second moment per row, see [`base.row_adamw_`]; none where Eva is off."""
-    if config.base != "adamw" or config.variant == "none":
+    if not _has_embeddings(config):
         return []
     return [module for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 def tables_of(model: nn.Module, config: EvaConfig) -> list[tuple[nn.Module, str]]:
     """
-    Embeddings that modules hold themselves, with a dimension for the batch and as a rule for all of it, such as a
-    ViT's `position_embeddings` and `cls_token`, as modules and names of their parameters; none where Eva is off.
+    Embeddings that modules hold themselves and add to every row of a batch, such as a ViT's `position_embeddings`
+    and `cls_token`, of shape `(1, n, d)`: the modules, and the names of the parameters. None where Eva is off.
     """
-    if config.base != "adamw" or config.variant == "none":
+    if not _has_embeddings(config):
         return []
     return [
         (module, name)
@@ -190,6 +190,11 @@ def tables_of(model: nn.Module, config: EvaConfig) -> list[tuple[nn.Module, str]
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 2 and len(parameter) == 1 and re.search("emb|token", name)
     ]
+
+
+def _has_embeddings(config: EvaConfig) -> bool:
+    """Whether embeddings get another step than AdamW's."""
+    return config.base == "adamw" and config.variant != "none"
 
 
 def statistics_shapes(layer: Layer, config: EvaConfig) -> dict[str, tuple[int, ...]]:
