@@ -41,6 +41,16 @@ def train(model, optimizer, steps=5):
         optimizer.zero_grad()
 
 
+def step_alike(model, optimizer, expected, other_optimizer, steps):
+    """The same gradients for both, because preconditioned layers go their own way."""
+    for _ in range(steps):
+        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        other_optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 def test_switched_off_it_is_adamw(implementation, dtype):
@@ -75,17 +85,11 @@ def test_switched_off_it_is_sgd(implementation, dtype, momentum, nesterov):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_parameters_outside_the_plan_get_adamw(implementation, rank):
-    """The same gradients for both, because preconditioned layers go their own way."""
     model = mlp(dtype=torch.float32)
     expected = copy.deepcopy(model)
     optimizer = create_eva_optimizer(model, lr=0.01, weight_decay=0.1, config=EvaConfig(rank=rank), **implementation)
     other_optimizer = adamw(groups(expected), lr=0.01, **implementation)
-    for _ in range(5):
-        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
-            one.grad = torch.randn_like(one)
-            other.grad = one.grad.clone()
-        optimizer.step()
-        other_optimizer.step()
+    step_alike(model, optimizer, expected, other_optimizer, 5)
     planned = [name for name, parameter in model.named_parameters() if parameter.ndim == 2]
     one, other = dict(model.named_parameters()), dict(expected.named_parameters())
     assert_equal(*({n: p.detach() for n, p in named.items() if n not in planned} for named in (one, other)))
@@ -148,12 +152,7 @@ def test_tables_of_embeddings_step_as_far_as_embeddings():
         lr=0.01,
         fused=True,
     )
-    for _ in range(3):
-        for one, other in zip(model.parameters(), expected.parameters(), strict=True):
-            one.grad = torch.randn_like(one)
-            other.grad = one.grad.clone()
-        optimizer.step()
-        adamw.step()
+    step_alike(model, optimizer, expected, adamw, 3)
     for name in ("pos_embed", "cls_token", "experts", "embedded_experts", "layer.bias"):
         assert_near([model.get_parameter(name)], [expected.get_parameter(name)], 1e-12)
 

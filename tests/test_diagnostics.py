@@ -165,7 +165,7 @@ def test_transformers_in_low_precision(name):
     found = optimizer.diagnostics()
     strengths = [found[f"eva_strength/{layer.name}"] for layer in optimizer.layers]
     assert len(strengths) == FAMILIES[name].layers and all(0 <= value < 1 for value in strengths)
-    assert 0 < found["eva_update_size"] <= 8 and found["eva_fallback_layers"] == 0
+    assert 0 < found["eva_update_size"] <= 4 * 2 and found["eva_fallback_layers"] == 0
 
 
 @every_config
