@@ -29,12 +29,13 @@ def adamw_step(step: Step) -> None:
         others = [p for p in group["params"] if p.grad is not None and id(p) not in planned]
         embeddings = [parameter for parameter in others if id(parameter) in step.by_rows]
         squares = [step.sizes[id(parameter)].squares for parameter in embeddings]
-        base.row_adamw_(embeddings, squares, step.state, group, EMBEDDING_FACTOR, step.sound, low)
+        far = base.longer(group, EMBEDDING_FACTOR)
+        base.row_adamw_(embeddings, squares, step.state, far, step.sound, low)
         tables = [parameter for parameter in others if id(parameter) in step.tables]
         rest = [parameter for parameter in others if id(parameter) not in embedded]
-        for parameters, factor in ((tables, EMBEDDING_FACTOR), (rest, 1.0)):
+        for parameters, options in ((tables, far), (rest, group)):
             if parameters:
-                base.adamw_(parameters, step.state, group, step.sound, factor)
+                base.adamw_(parameters, step.state, options, step.sound)
 
 
 def _adamw_stack(step: Step, stack: Stack) -> Routine[None]:

@@ -36,17 +36,13 @@ def can_fuse(params: Iterable[Tensor | dict[str, Any]]) -> bool:
     return precise and all(tensor.device.type in FUSED_DEVICES and tensor.is_floating_point() for tensor in tensors)
 
 
-def adamw_(
-    parameters: Sequence[Tensor],
-    state: State,
-    group: Mapping[str, Any],
-    sound: Tensor | None = None,
-    factor: float = 1.0,
-) -> None:
-    """
-    One step of `torch.optim.AdamW`, through its functional form and with its state, for parameters with `.grad`. It is
-    `factor` times as long, weight decay apart.
-    """
+def longer(group: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """The options of a group for steps that are `factor` times as long, with the same decoupled weight decay."""
+    return {**group, "lr": group["lr"] * factor, "weight_decay": group["weight_decay"] / factor}
+
+
+def adamw_(parameters: Sequence[Tensor], state: State, group: Mapping[str, Any], sound: Tensor | None = None) -> None:
+    """One step of `torch.optim.AdamW`, through its functional form and with its state, for parameters with `.grad`."""
     for parameter in parameters:
         entry = state[parameter]
         if "exp_avg" not in entry:
@@ -73,8 +69,8 @@ def adamw_(
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"] * factor,
-            weight_decay=group["weight_decay"] / factor,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
         )
@@ -85,12 +81,11 @@ def row_adamw_(
     squares: Sequence[Tensor],
     state: State,
     group: Mapping[str, Any],
-    factor: float,
     sound: Tensor | None = None,
     momentum_dtype: torch.dtype | None = None,
 ) -> None:
     """
-    AdamW as in [`adamw_`], with one second moment per row, the mean over its entries; for embeddings, whose rows are
+    AdamW with one second moment per row, the mean over its entries; for embeddings, whose rows are
     the parameters of one token each. `squares` are the [`mean_squares`] of the gradients' whole rows, and
     `momentum_dtype` is what the first moment is kept in, by default that of the parameter.
     """
@@ -114,7 +109,7 @@ def row_adamw_(
         per_block = len(parameter) if size is None else max(1, size // parameter.shape[1])
         for weight, grad, first, scale in zip(*(t.split(per_block) for t in tensors), strict=True):
             update = _averaged_(first, replace_unless_(here, grad, first), 1 - beta1)
-            decoupled_([weight], [update], [scale], group["lr"] * factor, group["weight_decay"] / factor, here)
+            decoupled_([weight], [update], [scale], group["lr"], group["weight_decay"], here)
 
 
 def mean_squares(parameter: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def test_embeddings_keep_one_second_moment_per_row(dtype):
     for step in range(1, 5):
         embedding.grad = torch.randn(tokens, d).to(dtype) * (torch.arange(tokens) % 3 == step % 3).unsqueeze(1)
         with torch.no_grad():
-            base.row_adamw_([embedding], [base.mean_squares(embedding)], state, group, factor)
+            base.row_adamw_([embedding], [base.mean_squares(embedding)], state, base.longer(group, factor))
         gradient = embedding.grad.double()
         first = 0.8 * first + 0.2 * gradient
         second = 0.95 * second + 0.05 * gradient.square().mean(1, keepdim=True)

@@ -216,7 +216,8 @@ def test_tied_embeddings_stay_tied_and_get_their_rule(name, config):
     embedding = expected.get_input_embeddings().weight
     group = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     with torch.no_grad():
-        base.row_adamw_([embedding], [base.mean_squares(embedding)], defaultdict(dict), group, EMBEDDING_FACTOR)
+        far = base.longer(group, EMBEDDING_FACTOR)
+        base.row_adamw_([embedding], [base.mean_squares(embedding)], defaultdict(dict), far)
     assert_near([model.get_input_embeddings().weight], [embedding], 1e-6)
 
 
