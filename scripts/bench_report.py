@@ -26,6 +26,7 @@ RATIOS = [
     ("step", "paper_eva", "published_eva", 1 / 5, 1 / 3),
     *(("step", "eva", other, 1.0, 1.0) for other in ("muon", "soap", "shampoo", "kfac")),
 ]
+WHERE = {"whole": ("bert", "32 × 128"), "capture": ("bert", "32 × 128")}  # of these parts, what has targets
 STATE = 0.6  # of the bytes that AdamW keeps
 NOTES = """
 Each time is the median over the rounds, each ratio the median of the ratios to the baseline in the same round, with
@@ -142,6 +143,8 @@ def targets(rows: list[dict[str, Any]], is_gpu: bool) -> Iterator[dict[str, str]
         key = row["part"], row["model"], row.get("size")
         places.setdefault(key, {})[row["optimizer"]] = row["ratio"]
     for (part, model, size), ratio in places.items():
+        if WHERE.get(part, (model, size)) != (model, size):
+            continue
         for wanted, name, other, on_gpu, on_cpu in RATIOS:
             # One block says little of what is bound by memory.
             if (wanted == part or (part == "products" and other in PRODUCTS)) and name in ratio and other in ratio:

@@ -16,7 +16,6 @@ then delete its rows.
 import argparse
 import math
 import multiprocessing
-import operator
 import os
 import statistics
 import sys
@@ -67,23 +66,30 @@ def wanted(config: Config, results: Results, stages: list[str], pairs: list[tupl
 
 def reported_runs(config: Config, results: Results, task: str, optimizer: str, rate: float) -> list[Run]:
     """
-    Returns the runs on the reported seeds: shorter schedules only where the whole one meets the target, longer ones
-    only where it does not, and only of optimizers that a goal depends on.
+    Returns the runs on the reported seeds: the whole schedule, ever shorter ones as long as the one before meets the
+    target and, where the whole one does not and a goal depends on the optimizer, ever longer ones until one does.
     """
 
     def at(name: str, rate: float, length: float) -> list[Run]:
         return [config.run(task, name, rate, config.steps(task, length), seed) for seed in config.seeds]
 
-    runs, keep = at(optimizer, rate, 1.0), operator.le
-    has_goal = optimizer == config.subject or task in config.goals.get(optimizer, {})
-    if optimizer != config.baseline:
-        baseline = tuned(config, results, task, config.baseline)
-        targets = at(config.baseline, baseline, 1.0) if baseline else []
+    baseline = tuned(config, results, task, config.baseline)
+    targets = at(config.baseline, baseline, 1.0) if baseline else []
+
+    def meets(length: float) -> bool | None:
+        """`None` while it is not known."""
+        runs = at(optimizer, rate, length)
         if not targets or not all(results.is_settled(run) for run in [*runs, *targets]):
-            return runs
-        if statistics.fmean(map(results.lowest, runs)) > statistics.fmean(map(results.loss, targets)):
-            keep = operator.ge if has_goal else operator.eq
-    return [run for length in config.lengths if keep(length, 1) for run in at(optimizer, rate, length)]
+            return None
+        return statistics.fmean(map(results.lowest, runs)) <= statistics.fmean(map(results.loss, targets))
+
+    lengths, whole = [1.0], meets(1.0)
+    if whole:
+        lengths += sorted((length for length in config.lengths if length < 1), reverse=True)
+    elif whole is False and (optimizer == config.subject or task in config.goals.get(optimizer, {})):
+        lengths += sorted(length for length in config.lengths if length > 1)
+    last = next((n for n, length in enumerate(lengths) if meets(length) is not whole), len(lengths) - 1)
+    return [run for length in lengths[: last + 1] for run in at(optimizer, rate, length)]
 
 
 def count(config: Config, stages: list[str], pairs: list[tuple[str, str]]) -> int:

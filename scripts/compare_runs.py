@@ -79,6 +79,10 @@ def _prepared(arguments: tuple[str, ...]) -> tuple:
     is_image = data_args.task == "image-classification"
     if is_image and data["train"][0]["pixel_values"].nbytes * len(data["train"]) < KEPT:
         data = {split: Kept(rows) for split, rows in data.items()}
+    if data_args.task == "sequence-classification":  # a batch is padded to its longest, and these are half as long
+        lengths = [len(tokens) for tokens in data["validation"]["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        data["validation"] = data["validation"].select(order)
     return data_args, data, setup
 
 

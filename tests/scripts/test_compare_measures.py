@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import compare
 import compare_outcomes
@@ -83,8 +84,10 @@ def test_a_crossing_lies_between_two_evaluations():
 def outcomes(settings, tmp_path):
     """Outcomes of made-up curves of Eva, where AdamW ends at 1.0 after 6 steps, and of the schedules to run."""
 
-    def make(eva: dict[int, list[float]], asked: set[int]) -> compare_outcomes.Outcomes:
-        config = read_config(write(tmp_path, {**settings, "lengths": [2, 1, 0.5]}))
+    def make(
+        eva: dict[int, list[float]], asked: set[int], lengths: Sequence[float] = (2, 1, 0.5)
+    ) -> compare_outcomes.Outcomes:
+        config = read_config(write(tmp_path, {**settings, "lengths": list(lengths)}))
         results = Results(str(tmp_path / "made" / "runs.csv"))
         for optimizer in ("adamw", "eva"):
             while missing := search(config, results, "images", optimizer)[0]:
@@ -141,3 +144,18 @@ def test_a_target_that_is_not_met(outcomes):
 def test_a_longer_schedule_may_meet_a_target_that_the_whole_one_does_not(outcomes):
     found = outcomes({6: [3.0, 2.0, 1.05], 12: [3.0, 1.5, 0.5]}, {6, 12})
     assert (found.all["eva"].length, found.all["eva"].steps) == (2, pytest.approx(10))
+
+
+@pytest.mark.parametrize(
+    ("ends", "asked"),
+    [
+        ({6: 0.5}, {6, 3}),
+        ({6: 0.5, 3: 1.5}, {6, 3}),
+        ({6: 0.5, 3: 0.5}, {6, 3, 2}),
+        ({6: 1.5}, {6, 12}),
+        ({6: 1.5, 12: 0.5}, {6, 12}),
+        ({6: 1.5, 12: 1.5}, {6, 12, 24}),
+    ],
+)
+def test_no_schedule_is_run_beyond_the_one_that_decides(outcomes, ends, asked):
+    outcomes({steps: [3.0, 2.0, end] for steps, end in ends.items()}, asked, lengths=(4, 2, 1, 0.5, 1 / 3))
