@@ -54,7 +54,8 @@ class Statistics:
 class Capture:
     """
     Hooks on `layers` and the flat buffer they add to. Hooks reach this object through a weak reference, so that they
-    go when it goes. With `mask_padding`, positions that the model's `attention_mask` calls padding do not count.
+    go when it goes. With `mask_padding`, positions that the model's `attention_mask` calls padding do not count. While
+    it `rests`, layers gather nothing, but for those in compiled graphs, whose sums [`Capture.start_window`] drops.
 
     Raises:
         ValueError: another live `Capture` is attached to one of the layers, or one is in parts by a tensor-parallel
@@ -72,6 +73,7 @@ class Capture:
         self.layers = list(layers)
         self.with_output_gradients, self.with_squares = with_output_gradients, with_squares
         self.called: set[int] = set()  # layers whose hook has fired in training; read for a warning only
+        self.rests = False
         self._buffer: Tensor | None = None
         self._place: tuple[torch.dtype, torch.device] | None = None
         self._sizes: list[list[int]] = []
@@ -247,7 +249,7 @@ def _before_model(
 
 
 def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-    if not output.requires_grad:
+    if capture.rests or not output.requires_grad:
         return
     layer, scope = capture.layers[index], capture.scopes[index]
     if is_distributed(layer.weight):

@@ -74,6 +74,12 @@ class EvaConfig:
     decay: float = _hyperparameter(
         0.2, "Weight of the newest statistics in their running averages.", above=0.0, maximum=1.0
     )
+    refresh_interval: int = _hyperparameter(
+        1,
+        "Steps from one refresh of the curvature to the next, after the first three, which always refresh it. In "
+        "between, gradients are preconditioned with what is known, for less time.",
+        minimum=1,
+    )
     g_scale: GScale = _hyperparameter(
         "sum",
         "Scale of the output-gradient vector: its 'sum' over the tokens of a batch, or their 'mean' as in the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +19,14 @@ from .step import Step
 # Steps in which a layer's first gradient is looked for, because a look costs time: LoRA's A gets its first one at the
 # second step, beside a B of zeros. Where it comes later, subspaces are found by the running averages alone.
 SEARCH_STEPS = 3
+
+# What is averaged of the tokens that layers receive and of the gradients that they get back.
+OF_TOKENS = ("eva_a", "eva_a_square", "eva_g", "eva_g_square")
+
+
+def is_refreshed(number: int, config: EvaConfig) -> bool:
+    """Whether the step of this number, from 1, brings curvature up to date."""
+    return number <= SEARCH_STEPS or (number - 1) % config.refresh_interval == 0
 
 
 @dataclasses.dataclass
@@ -41,16 +48,13 @@ class Seen:
 
 
 def observe(step: Step, stack: Stack, gradients: formula.Stacked) -> Routine[Seen]:
-    """Bring the running averages up to date."""
-    for layer in stack.layers:
-        _create_statistics(step.state, layer, step.config)
+    """Bring the running averages up to date, between two refreshes those alone that the size of a step depends on."""
+    is_new = [_create_statistics(step.state, layer, step.config) for layer in stack.layers]
     squares = step.squares_of(stack.weights)
     valid = squares > 0 if step.sound is None else (squares > 0) & step.sound.to(squares.device)
-    if step.statistics is None:
-        return (yield from _observe_gradients(step, stack, gradients, squares, valid))
-    return (
-        yield from _observe_tokens(step, stack, [step.statistics[index] for index in stack.indices], squares, valid)
-    )
+    if step.config.needs_inputs:
+        return (yield from _observe_tokens(step, stack, squares, valid))
+    return (yield from _observe_gradients(step, stack, gradients, squares, valid, step.refreshes or any(is_new)))
 
 
 def average(state: State, stack: Stack, key: str, values: Tensor, weights: Tensor) -> Tensor:
@@ -84,22 +88,23 @@ def correction_of(
     return formula.eva(matrices, biases, a, g, config.damping, relative, stack.part)
 
 
-def _observe_tokens(
-    step: Step, stack: Stack, statistics: Sequence[Statistics], squares: Tensor, valid: Tensor
-) -> Routine[Seen]:
+def _observe_tokens(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Routine[Seen]:
     """Variants `"eva"` and `"eva_f"`: average the mean vectors and, where they are needed, the traces."""
-    tokens, a, a_squares, g, g_squares = (
-        torch.stack([getattr(values, f.name) for values in statistics]) for f in dataclasses.fields(Statistics)
-    )
-    valid = valid & (tokens > 0)
-    seen = yield from _count(step, stack, squares, valid)
-    new = {"eva_a": a, "eva_a_square": a_squares}
-    if step.config.needs_output_gradients:
-        scales = tokens.clamp_min(1).reciprocal() if step.config.g_scale == "mean" else torch.ones_like(tokens)
-        new |= {"eva_g": g * scales.unsqueeze(1), "eva_g_square": g_squares * scales.square()}
-    if not step.config.needs_traces:
-        new = {key: values for key, values in new.items() if not key.endswith("_square")}
-    averages = {key: average(step.state, stack, key, values, seen.weights) for key, values in new.items()}
+    kept = [key for key in OF_TOKENS if key in step.state[stack.weights[0]]]
+    if step.statistics is None:
+        seen = yield from _count(step, stack, squares, valid & (stack.read(step.state, "eva_updates") > 0))
+        averages = {key: stack.read(step.state, key) for key in kept}
+    else:
+        tokens, *sums = (
+            torch.stack([getattr(step.statistics[index], f.name) for index in stack.indices])
+            for f in dataclasses.fields(Statistics)
+        )
+        new = dict(zip(OF_TOKENS, sums, strict=True))
+        if step.config.g_scale == "mean":
+            scales = tokens.clamp_min(1).reciprocal()
+            new |= {"eva_g": new["eva_g"] * scales.unsqueeze(1), "eva_g_square": new["eva_g_square"] * scales.square()}
+        seen = yield from _count(step, stack, squares, valid & (tokens > 0))
+        averages = {key: average(step.state, stack, key, new[key], seen.weights) for key in kept}
     if step.config.needs_traces:
         bases: dict[str, Tensor] = {}
         traces: dict[str, Tensor] = {}
@@ -114,7 +119,7 @@ def _observe_tokens(
 
 
 def _observe_gradients(
-    step: Step, stack: Stack, gradients: formula.Stacked, squares: Tensor, valid: Tensor
+    step: Step, stack: Stack, gradients: formula.Stacked, squares: Tensor, valid: Tensor, refreshes: bool
 ) -> Routine[Seen]:
     """
     Variant `"eva_s"`: average the means over axes, or track the subspaces of `Gᵀ G` and `G Gᵀ`, in units of the
@@ -122,24 +127,37 @@ def _observe_gradients(
     """
     seen = yield from _count(step, stack, squares, valid)
     if step.config.curvature == "joint":
-        means = yield from formula.axis_means(gradients, stack.axes)
-        named = {f"eva_v{axis}": mean for axis, mean in enumerate(means)}
-        seen.vectors = [average(step.state, stack, key, mean, seen.weights) for key, mean in named.items()]
+        keys = [f"eva_v{axis}" for axis in range(len(stack.axes))]
+        if refreshes:
+            means = yield from formula.axis_means(gradients, stack.axes)
+            named = zip(keys, means, strict=True)
+            seen.vectors = [average(step.state, stack, key, mean, seen.weights) for key, mean in named]
+        else:
+            seen.vectors = [stack.read(step.state, key) for key in keys]
         return seen
     assert isinstance(gradients, Tensor)
-    matrices = stack.kind.matrices(gradients)
     output, input = stack.read(step.state, "eva_g"), stack.read(step.state, "eva_a")
+    if refreshes:
+        output, input = yield from _follow(step, stack, stack.kind.matrices(gradients), output, input, seen, valid)
+    bases = {"eva_g": output, "eva_a": input}
+    seen.factors = yield from _factors(step.config, bases, dict.fromkeys(bases, seen.squares))
+    return seen
+
+
+def _follow(
+    step: Step, stack: Stack, matrices: Tensor, output: Tensor, input: Tensor, seen: Seen, valid: Tensor
+) -> Routine[tuple[Tensor, Tensor]]:
+    """Bring the bases of both sides up to date, and return them."""
+    squares = seen.newest
     if step.number <= SEARCH_STEPS:
         first = valid & (seen.updates == 1)
         output, input = yield from subspaces.find_bases(matrices, output, input, first, squares, stack.part)
     # The average that `‖G‖²` gets, in its new units.
     weights = (seen.weights * squares * formula.inverse(seen.squares)).where(valid, 0.0)
     output, input = yield from subspaces.subspace_step(matrices, output, input, weights, squares, stack.part)
-    bases = {"eva_g": output, "eva_a": input}
-    for key, basis in bases.items():
-        stack.write(step.state, key, basis)
-    seen.factors = yield from _factors(step.config, bases, dict.fromkeys(bases, seen.squares))
-    return seen
+    stack.write(step.state, "eva_g", output)
+    stack.write(step.state, "eva_a", input)
+    return output, input
 
 
 def _count(step: Step, stack: Stack, squares: Tensor, valid: Tensor) -> Routine[Seen]:
@@ -176,10 +194,12 @@ def _factors(
     return dict(zip(bases, found, strict=True))
 
 
-def _create_statistics(state: State, layer: Layer, config: EvaConfig) -> None:
-    """All statistics of a layer that has none yet: zeros, and random bases."""
+def _create_statistics(state: State, layer: Layer, config: EvaConfig) -> bool:
+    """All statistics of a layer, zeros and random bases, if it has none yet, which is returned."""
     entry = state[layer.weight]
-    if "eva_updates" not in entry:
+    is_new = "eva_updates" not in entry
+    if is_new:
         for key, shape in statistics_shapes(layer, config).items():
             like = torch.zeros(shape, dtype=working_dtype(layer.weight), device=layer.weight.device)
             entry[key] = subspaces.initial_basis(*shape, like) if len(shape) == 2 else like
+    return is_new

@@ -16,6 +16,7 @@ from . import base
 from .adamw_step import adamw_step
 from .capture import Capture, Statistics
 from .config import EvaConfig
+from .curvature import is_refreshed
 from .diagnostics import LastStep
 from .layers import Layer
 from .selection import Plan, embeddings_of, tables_of
@@ -111,7 +112,7 @@ class Eva(torch.optim.Optimizer):
         self._warned: set[int] = set()
         self._watch = Watch(partial(_name_in, plan))
         self._steps, self._is_rehearsal = 0, False
-        self._last = LastStep()
+        self._last: LastStep | None = None
         self._scratch = Scratch()
         self._stacked: tuple[list[tuple[Any, ...]], list[Stack]] = [], []
 
@@ -147,7 +148,6 @@ class Eva(torch.optim.Optimizer):
                 distributed in a way that is not known here.
         """
         self._steps += 1
-        self._last = LastStep()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -159,7 +159,13 @@ class Eva(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        receive = self._capture.collect(self.grad_scaler) if self._capture is not None else None
+        refreshes, receive = is_refreshed(self._steps, self.config), None
+        if self._capture is not None and refreshes:
+            receive = self._capture.collect(self.grad_scaler)
+        elif self._capture is not None:
+            self._capture.start_window()
+        self._rest()
+        self._last = LastStep()
         try:  # while the sums over processes are on their way
             align_(parameter for group in self.param_groups for parameter in group["params"])
             by_rows = self._by_rows
@@ -169,9 +175,10 @@ class Eva(torch.optim.Optimizer):
         # A step before any forward pass: by it torch.distributed.checkpoint makes an optimizer create its state. The
         # read of device values happens only where this process has called no layer: another one may have.
         self._is_rehearsal = (
-            self._capture is not None
+            statistics is not None
+            and self._capture is not None
             and not self._capture.called
-            and not any(bool(values.tokens > 0) for values in statistics or ())
+            and not any(bool(values.tokens > 0) for values in statistics)
         )
         step = Step(
             config=self.config,
@@ -179,6 +186,7 @@ class Eva(torch.optim.Optimizer):
             groups=self.param_groups,
             stacks=self._stacks(statistics),
             statistics=statistics,
+            refreshes=refreshes,
             by_rows=by_rows,
             tables={id(getattr(module, name)) for module, name in self._tables},
             sizes=sizes,
@@ -215,9 +223,14 @@ class Eva(torch.optim.Optimizer):
         Args:
             layers (`bool`, defaults to `True`): whether to give the strength of each layer, too.
         """
-        if self.config.variant == "none" or not self._steps:
+        if self.config.variant == "none" or self._last is None:
             return {}
         return self._last.measure(self.state, self.config, len(self.plan.layers), layers)
+
+    def _rest(self) -> None:
+        """Let the hooks rest until the next step, if that refreshes nothing."""
+        if self._capture is not None:
+            self._capture.rests = not is_refreshed(self._steps + 1, self.config)
 
     def _stacks(self, statistics: Sequence[Statistics] | None) -> list[Stack]:
         """The layers that this step preconditions, in stacks."""
@@ -239,7 +252,7 @@ class Eva(torch.optim.Optimizer):
                 )
             if sentence := _refusal_of(layer, gradient):
                 raise RuntimeError(sentence)
-            if statistics is None or self._was_called(index, layer, statistics[index]):
+            if self._capture is None or self._was_called(index, layer, statistics):
                 has_bias = self.config.includes_bias and layer.bias is not None and layer.bias.grad is not None
                 ready.append((index, layer, groups[id(layer.weight)], has_bias))
         # Stacks are kept as long as nothing that they were made from changes.
@@ -268,14 +281,16 @@ class Eva(torch.optim.Optimizer):
         """The ids of the weights of `nn.Embedding`."""
         return {id(module.weight) for module in self._embeddings}
 
-    def _was_called(self, index: int, layer: Layer, statistics: Statistics) -> bool:
+    def _was_called(self, index: int, layer: Layer, statistics: Sequence[Statistics] | None) -> bool:
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
         assert self._capture is not None
+        if statistics is None:  # those of the last refresh
+            return "eva_updates" in self.state[layer.weight]
         if index in self._capture.called or self._is_rehearsal:
             return True
         # The read of a device value happens only where this process never called the layer: another one may have.
         updates = self.state[layer.weight].get("eva_updates", 0)
-        if bool((statistics.tokens > 0) | (updates > 0)):
+        if bool((statistics[index].tokens > 0) | (updates > 0)):
             return True
         if index not in self._warned:
             self._warned.add(index)
@@ -311,6 +326,9 @@ class Eva(torch.optim.Optimizer):
                     if key != "step" or id(parameter) in by_rows:
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         self._follow()
+        counts = [self.state[layer.weight].get("eva_updates", 0) for layer in self.layers]
+        self._steps = int(max(counts, default=0))
+        self._rest()
         if self._capture is not None:
             self._capture.start_window()
 

@@ -44,7 +44,8 @@ class Step:
     """
     What all parts of one step share.
 
-    `stacks` are the layers that it preconditions, `statistics` those of all planned layers where they are captured,
+    `stacks` are the layers that it preconditions, `statistics` those of all planned layers where they are captured.
+    `refreshes` says whether curvature is brought up to date, or used as it is.
     `by_rows` the ids of the weights of `nn.Embedding`, and `tables` those of other embeddings. `sizes` are those of
     all gradients, see [`sizes_of`]. `number` counts steps from 1. The first look tells `sound`, which says on the
     device whether there is a step, and is `None` where there is.
@@ -55,6 +56,7 @@ class Step:
     groups: Sequence[dict[str, Any]]
     stacks: Sequence[Stack]
     statistics: Sequence[Statistics] | None
+    refreshes: bool
     by_rows: set[int]
     tables: set[int]
     sizes: dict[int, Size]

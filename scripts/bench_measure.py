@@ -186,13 +186,13 @@ def make_side(name: str, model: PreTrainedModel) -> Side:
     chosen, own = OPTIMIZERS[name], share(model)
     peer = peers.PEERS[chosen.peer]
     optimizer = peers.build(chosen.peer, own, LR * peer.lr_ratio, WEIGHT_DECAY, 1000, chosen.options)
-    side = Side(name, own, optimizer, peer.interval)
+    side = Side(name, own, optimizer, peers.interval_of(chosen.peer, chosen.options))
     for _ in range(SEARCH_STEPS):
         side.backward(batch_of(model, *SMALL))
         optimizer.step()
     for state in optimizer.state.values():
         if chosen.peer == "kfac" and isinstance(state["step"], int):  # which inverts at each of its first steps
-            state["step"] = peer.interval
+            state["step"] = side.interval
     return side
 
 

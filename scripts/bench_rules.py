@@ -14,7 +14,7 @@ implementation of the rule moves fewer bytes. `G` gradient, `M` momentum, `W` we
 - The recipe, 12: reads G and M and writes M, for `Gᵀ(G U_A)` by blocks of rows, `Gᵀ U_B` and `‖G‖²`; reads G for
   `G (Gᵀ U_B)`; reads G and M for the products of their Nesterov mix N with the new bases; reads both for `N (Nᵀ U_B)`,
   from which follow the norms of the rows of P; reads G, M and W and writes W. With momentum in bfloat16, five of these
-  passes are half as long.
+  passes are half as long. Where bases are kept as they are, there is one less.
 - Muon, K-FAC, SOAP and Shampoo: the passes of their momenta and weights alone, because products and decompositions
   of matrices bound them and not memory.
 
@@ -96,6 +96,7 @@ OPTIMIZERS = {
     "sgd_foreach": Optimizer("sgd", FOREACH),
     "eva": Optimizer("eva"),
     "eva_bf16": Optimizer("eva", {"momentum_dtype": "bfloat16"}),
+    "eva_every_4": Optimizer("eva", {"refresh_interval": 4}),
     "eva_rank_1": Optimizer("eva", {"rank": 1}),
     "paper_eva": Optimizer("paper_eva"),
     "paper_eva_f": Optimizer("paper_eva_f"),
@@ -113,6 +114,7 @@ def least_bytes(peer: str, model: nn.Module, options: dict[str, Any]) -> float:
     """Bytes that a step of the peer has to move, in the dtype of the parameters."""
     rule, planned = RULES[peer], {id(layer.weight) for layer in plan(model).layers}
     passes = rule.passes - 2.5 * (options.get("momentum_dtype") == "bfloat16")
+    passes -= 1 - 1 / options.get("refresh_interval", 1)
     return sum(
         (passes if id(p) in planned else rule.other_passes) * p.numel() * p.element_size() for p in model.parameters()
     )

@@ -61,7 +61,7 @@ class Side:
     """
 
     def __init__(self, job: Job, steps: int, folder: str) -> None:
-        interval = peers.PEERS[job.peer].interval
+        interval = peers.interval_of(job.peer, job.options)
         self.steps = math.ceil(steps / interval) * interval
         self.pace = Pace()
         self.trainer = make_trainer(replace(job, steps=self.steps + 1), folder, self.pace)
@@ -119,7 +119,7 @@ def measure_memory(job: Job) -> dict[str, float]:
     Returns the bytes of the optimizer's state, and the most that model, gradients, optimizer and a step took together:
     on a GPU what was allocated, under Linux by how much the process grew, elsewhere nothing.
     """
-    steps = peers.PEERS[job.peer].interval + 1
+    steps = peers.interval_of(job.peer, job.options) + 1
     _warm_up(job.arguments, replace(job, steps=1))
     before = start_of_peak()
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ class Peer:
             further keyword arguments are the options of [`build`].
         lr_ratio (`float`): Where a search of the learning rate starts, as a multiple of AdamW's.
         source (`str`): The class that it is, with what differs from the defaults of that class.
-        interval (`int`): Steps after which its work repeats; a fair timing covers whole intervals.
+        interval (`int`): Steps after which its work repeats, if no option says; see [`interval_of`].
         schedule (`str`): `"task"`, or `"constant"` where the method replaces the schedule of the learning rate.
     """
 
@@ -63,6 +63,11 @@ def build(
     if name not in PEERS:
         raise ValueError(f"unknown optimizer {name!r}{near_miss(name, list(PEERS)) or ', only ' + ', '.join(PEERS)}")
     return PEERS[name].build(model, lr, weight_decay, total_steps, **(options or {}))
+
+
+def interval_of(name: str, options: dict[str, Any]) -> int:
+    """Steps after which the work of a peer repeats: a fair timing covers whole intervals."""
+    return int(options.get("refresh_interval", PEERS[name].interval))
 
 
 class Combined(torch.optim.Optimizer):

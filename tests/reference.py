@@ -237,15 +237,24 @@ class Reference:
             else:
                 self.recipe_step(gradients, X, D)
 
-    def averaged(self, name: str, key: str, new: Tensor, decay: float | None = None) -> Tensor:
-        decay = weight(self.config.decay, self.steps) if decay is None else decay
+    @property
+    def refreshes(self) -> bool:
+        return self.steps <= 3 or (self.steps - 1) % self.config.refresh_interval == 0
+
+    def averaged(self, name: str, key: str, new: Tensor) -> Tensor:
+        """The running average of what every step sees."""
+        decay = weight(self.config.decay, self.steps)
         self.averages[name, key] = average(self.averages.get((name, key)), new, decay)
         return self.averages[name, key]
+
+    def refreshed(self, name: str, key: str, new: Tensor) -> Tensor:
+        """The running average of what some steps see only."""
+        return self.averaged(name, key, new) if self.refreshes else self.averages[name, key]
 
     def means(self, name: str, X: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
         """The running averages of a, the mean input, and of g, the sum or mean of the output gradients."""
         g = D.sum(0) if self.config.g_scale == "sum" else D.mean(0)
-        return self.averaged(name, "a", X.mean(0)), self.averaged(name, "g", g)
+        return self.refreshed(name, "a", X.mean(0)), self.refreshed(name, "g", g)
 
     def published_step(self, gradients: dict[str, Tensor], X: dict[str, Tensor], D: dict[str, Tensor]) -> None:
         raw, directions = {}, {}
@@ -279,7 +288,7 @@ class Reference:
     def published_direction(self, name: str, G: Tensor, X: Tensor, D: Tensor) -> Tensor:
         config = self.config
         if config.variant == "eva_s":
-            vectors = [self.averaged(name, f"v{i}", v) for i, v in enumerate(axis_means(G))]
+            vectors = [self.refreshed(name, f"v{i}", v) for i, v in enumerate(axis_means(G))]
             curvature = torch.stack([v.square().sum() for v in vectors]).prod()
         else:
             a, g = self.means(name, X, D)
@@ -370,13 +379,18 @@ class Reference:
         bases = {side: self.basis(name, side, matrix) for side, _, _, matrix in sides}
         for side, mean, square, matrix in sides:
             if self.config.variant == "eva_s":
+                before = self.averages.get((name, f"trace {side}"))
                 trace = self.averaged(name, f"trace {side}", torch.trace(matrix))
-                others = G.T @ bases["B"] if side == "A" else G @ bases["A"]
-                old = self.averages.get((name, f"F {side}"), torch.zeros_like(matrix))
-                F, U, values = ritz_step(old, bases[side], others, matrix, decay)
+                F = self.averages.get((name, f"F {side}"), torch.zeros_like(matrix))
+                if self.refreshes:
+                    others = G.T @ bases["B"] if side == "A" else G @ bases["A"]
+                    F, U, values = ritz_step(F, bases[side], others, matrix, decay)
+                else:  # what is kept is kept in units of the trace
+                    F, U = F * (trace / before), bases[side]
+                    values = torch.diag(U.T @ F @ U)
                 self.averages[name, f"F {side}"], self.averages[name, f"U {side}"] = F, U
             else:
-                trace = self.averaged(name, f"trace {side}", square)
+                trace = self.refreshed(name, f"trace {side}", square)
                 U, values = (mean / mean.norm()).unsqueeze(1), mean.square().sum().unsqueeze(0)
             relative = trace / len(U) if self.config.damping_mode == "relative" else 1
             found.append((U, values, trace, self.config.damping * relative))

@@ -10,6 +10,7 @@ import torch
 from helpers import assert_equal, assert_near, attach, data, every_config, expected, gathered, hooks, losses, mlp
 
 from hf_eva import EvaConfig, create_eva_optimizer
+from hf_eva.collectives import begin_sum_
 
 # Windows -------------------------------------------------------------------------------------------------------------
 
@@ -24,6 +25,29 @@ def test_a_window_ends_with_the_step():
         optimizer.step()
         model.zero_grad()
         assert_near([optimizer.state[model[0].weight]["eva_a"]], [wanted["0 a"]], 1e-12)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_between_two_refreshes_the_hooks_rest(compiles, monkeypatch):
+    sent = Mock(wraps=begin_sum_)
+    monkeypatch.setattr("hf_eva.capture.begin_sum_", sent)
+    model = mlp()
+    config = EvaConfig(variant="eva", decay=1.0, refresh_interval=4)
+    optimizer = create_eva_optimizer(model, lr=0.0, config=config)
+    torch.compiler.reset()
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+    wanted, found, gathers = [], [], []
+    for step, sums in enumerate([1, 2, 3, 3, 4, 4]):
+        (loss,) = losses(data(model, seed=step))
+        wanted.append(expected(model, loss)["0 a"])
+        loss(called).backward()
+        gathers.append(bool(optimizer._capture._buffer.any()))
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(optimizer.state[model[0].weight]["eva_a"].clone())
+        assert sent.call_count == sums
+    assert_near(found, [wanted[step] for step in (0, 1, 2, 2, 4, 4)], 1e-12)
+    assert gathers == [True, True, True, compiles, True, compiles]  # a graph is the same at every step
 
 
 @pytest.mark.parametrize("clear", ["model", "optimizer"])

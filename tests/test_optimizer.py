@@ -249,6 +249,30 @@ def test_a_layer_that_is_never_called_gets_the_base_rule_and_one_warning(variant
     assert len(caplog.records) == 1 and "'used'" in caplog.text
 
 
+@pytest.mark.parametrize("variant", ["eva", "eva_s"])
+def test_a_layer_that_comes_between_two_refreshes(variant):
+    """Its first gradient refreshes what is made of gradients; statistics of tokens come with the next refresh."""
+    first, late = nn.Linear(6, 5).double(), nn.Linear(5, 4).double()
+    model, kept = nn.ModuleList([first, late]), []
+    for interval in (1, 4):
+        torch.manual_seed(0)
+        config = EvaConfig(variant=variant, refresh_interval=interval)
+        optimizer = create_eva_optimizer(model, lr=0.0, config=config)
+        for step in range(5):
+            x = first(torch.randn(7, 6, dtype=torch.float64))
+            (late(x) if step >= 3 else x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 3:
+                kept.append({k: v.clone() for k, v in optimizer.state[late.weight].items() if k.startswith("eva_")})
+        optimizer.detach()
+        assert optimizer.state[late.weight]["eva_updates"] == (2 if interval == 1 or variant == "eva_s" else 1)
+    if variant == "eva_s":
+        assert_equal(*(list(state.values()) for state in kept))
+    else:
+        assert kept[0] and not kept[1]
+
+
 CLIPPED = {
     **RECIPES,
     **{f"{v}_{mode}": EvaConfig.paper(v, kl_mode=mode) for v in ("eva", "eva_f") for mode in ("none", "rescale")},

@@ -109,6 +109,15 @@ def test_the_recipe_changed(variant, changes):
     assert_near(model, expected, NEAR[variant])
 
 
+@pytest.mark.parametrize("config", [EvaConfig.paper, EvaConfig], ids=["paper", "recipe"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("interval", [2, 5])
+def test_curvature_that_is_refreshed_now_and_then(config, variant, interval):
+    config = config(variant=variant, refresh_interval=interval)
+    model, expected, _ = train_twice(mlp(), config, lr=0.002 if config.base == "sgd" else 0.01)
+    assert_near(model, expected, NEAR[variant])
+
+
 @every_recipe
 def test_the_scale_of_the_loss_does_not_matter(config):
     models = [mlp(), mlp()]

@@ -1,6 +1,7 @@
 """The state of an optimizer: what it is made of, how training resumes from it, and which state is refused."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -69,6 +70,21 @@ def test_a_low_precision_model_keeps_statistics_in_float32(config):
         assert {v.dtype for k, v in optimizer.state[layer.weight].items() if k.startswith("eva_")} == {torch.float32}
         assert layer.weight.dtype == torch.bfloat16 and layer.weight.isfinite().all()
     assert not torch.equal(before[0].weight, model[0].weight)
+
+
+@every_config
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_refreshes_go_on_in_their_turn(config, steps):
+    config = dataclasses.replace(config, refresh_interval=4)
+    model = mlp()
+    optimizer = create_eva_optimizer(model, lr=0.002, config=config)
+    train(model, optimizer, steps)
+    resumed = copy.deepcopy(model)
+    second = create_eva_optimizer(resumed, lr=0.002, config=config)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((model, optimizer), (resumed, second)):
+        train(one, its, 3, first=steps)
+    assert_equal(resumed, model)
 
 
 # Momentum in low precision -------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def test_flags_reach_the_config(tmp_path):
         "damping": 0.5,
         "damping_mode": "absolute",
         "decay": 0.5,
+        "refresh_interval": 7,
         "g_scale": "mean",
         "mask_padding": False,
         "base": "sgd",

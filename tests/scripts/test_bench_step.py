@@ -116,7 +116,17 @@ def test_formulas_of_bytes_agree_with_what_is_counted_and_kept(sides, name):
 def test_a_step_of_eva_waits_for_nothing_and_the_published_one_for_each_layer(sides):
     layers = len(hf_eva.plan(sides["eva"].model).layers)
     assert sides["published_eva"].counts.host_reads == 5 * layers
-    for name in ("adamw", "sgd", "eva", "eva_bf16", "eva_rank_1", "paper_eva", "paper_eva_f", "paper_eva_s"):
+    for name in (
+        "adamw",
+        "sgd",
+        "eva",
+        "eva_bf16",
+        "eva_every_4",
+        "eva_rank_1",
+        "paper_eva",
+        "paper_eva_f",
+        "paper_eva_s",
+    ):
         assert sides[name].counts.host_reads == 0
     assert 1 <= sides["sgd"].counts.calls <= sides["adamw"].counts.calls < sides["published_eva"].counts.calls
 
@@ -128,6 +138,12 @@ def test_work_that_repeats_after_some_steps_is_spread_over_them(sides):
     bench_measure.count_steps(side, 10)
     after = [entry["input_factor"] for entry in side.optimizer.state.values() if "input_factor" in entry]
     assert before and not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_curvature_that_is_refreshed_less_often_costs_less(sides):
+    often, seldom = sides["eva"], sides["eva_every_4"]
+    assert (often.interval, seldom.interval) == (1, 4)
+    assert seldom.counts.flops < 0.8 * often.counts.flops and seldom.counts.calls < 0.9 * often.counts.calls
 
 
 def test_sides_share_parameters_and_not_hooks(sides):
