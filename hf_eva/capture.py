@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import traced
 from .collectives import begin_sum_
-from .layers import Layer, LayerKind, working_dtype
+from .layers import Layer, LayerKind, Wanted, working_dtype
 from .masks import MaskScope, scopes_of
 from .shards import is_distributed
 from .traced import anchor_of
@@ -66,12 +66,10 @@ class Capture:
         self,
         model: nn.Module,
         layers: Sequence[Layer],
-        with_output_gradients: bool,
-        with_squares: bool = True,
+        wanted: Wanted,
         mask_padding: bool = True,
     ) -> None:
-        self.layers = list(layers)
-        self.with_output_gradients, self.with_squares = with_output_gradients, with_squares
+        self.layers, self.wanted = list(layers), wanted
         self.called: set[int] = set()  # layers whose hook has fired in training; read for a warning only
         self.rests = False
         self._buffer: Tensor | None = None
@@ -82,7 +80,7 @@ class Capture:
         for layer in self.layers:
             if sum(not p.is_replicate() for p in getattr(layer.weight, "placements", ())) > parts:
                 raise ValueError(_of_parts(layer))
-            self._sizes.append(layer.sizes_of_sums(with_output_gradients, with_squares))  # in the order of Statistics
+            self._sizes.append(layer.sizes_of_sums(wanted))  # in the order of Statistics
             if any(isinstance(hook, _Hook) and hook.capture() for hook in layer.module._forward_hooks.values()):
                 raise ValueError(
                     f"Layer {layer.name!r} already feeds another Eva optimizer: call detach() on that one first."
@@ -170,7 +168,7 @@ class Capture:
         self.start_window()
         return statistics
 
-    def input_sums(self, index: int, module: nn.Module, x: Tensor, rows: Tensor | str) -> Tensor:
+    def input_sums(self, index: int, module: nn.Module, x: Tensor, rows: Tensor | str, cut: tuple[int, int]) -> Tensor:
         """
         The sums of an input, in the order of [`Statistics`]. What the layer before has received as well, as query, key
         and value do, is read once.
@@ -182,7 +180,7 @@ class Capture:
             key = x._version, dtype, scope, scope.number, isinstance(rows, str)
             if self._read is not None and self._read[0]() is x and self._read[1] == key:
                 return self._read[2]
-        sums = kind.input_sums(module, x, dtype, None if isinstance(rows, str) else rows, self.with_squares)
+        sums = self.wanted.input_sums(kind, module, x, dtype, None if isinstance(rows, str) else rows, cut)
         self._read = None if key is None else (weakref.ref(x), key, sums)
         return sums
 
@@ -260,13 +258,14 @@ def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwa
     rows = "all" if is_unclear else scope.rows(index, x)
     if isinstance(rows, str) and rows == "none":
         return
+    cut = capture.wanted.cut(layer.kind, x)
     with torch.no_grad():
-        sums = capture.input_sums(index, module, x, rows)
+        sums = capture.input_sums(index, module, x, rows, cut)
     slot = capture.slot(index, output.device)
     capture.called.add(index)
     # On the tensor that holds the values: an in-place operation gives a view another gradient, but not its base.
     holder = output._base if output._is_view() and output._base is not None else output
-    holder.register_hook(partial(_commit, weakref.ref(capture), index, sums, slot, is_unclear))
+    holder.register_hook(partial(_commit, weakref.ref(capture), index, sums, cut, slot, is_unclear))
 
 
 def _of_parts(layer: Layer) -> str:
@@ -278,7 +277,13 @@ def _of_parts(layer: Layer) -> str:
 
 
 def _commit(
-    reference: weakref.ref[Capture], index: int, sums: Tensor, slot: Tensor, is_unclear: bool, grad: Tensor
+    reference: weakref.ref[Capture],
+    index: int,
+    sums: Tensor,
+    cut: tuple[int, int],
+    slot: Tensor,
+    is_unclear: bool,
+    grad: Tensor,
 ) -> None:
     """Add the sums of an input, and those of the output gradient where they are wanted, to a layer's slot."""
     capture = reference()
@@ -295,10 +300,10 @@ def _commit(
     with torch.no_grad():
         inputs, outputs = slot.split([len(sums), len(slot) - len(sums)])
         inputs.add_(sums.to(inputs.device))
-        if capture.with_output_gradients:
+        if capture.wanted.output_gradients:
             capture.saw_float16 |= grad.dtype == torch.float16
-            kind = capture.layers[index].kind
-            outputs.add_(kind.output_gradient_sums(grad, sums.dtype, capture.with_squares).to(outputs.device))
+            found = capture.wanted.output_gradient_sums(capture.layers[index].kind, grad, sums.dtype, cut)
+            outputs.add_(found.to(outputs.device))
 
 
 def _before_traced_model(
@@ -312,11 +317,10 @@ def _after_traced_layer(
 ) -> Tensor | None:
     if not output.requires_grad:
         return None
-    if capture.with_output_gradients and output.dtype == torch.float16:
+    if capture.wanted.output_gradients and output.dtype == torch.float16:
         capture.saw_float16 = True
     kind, anchor, scope = capture.layers[index].kind, capture.anchors[index], capture.scopes[index]
-    wanted = capture.with_output_gradients, capture.with_squares
-    return traced.after_layer(kind, anchor, scope, index, wanted, module, args, kwargs, output)
+    return traced.after_layer(kind, anchor, scope, index, capture.wanted, module, args, kwargs, output)
 
 
 def _note(reference: weakref.ref[Capture], index: int) -> None:

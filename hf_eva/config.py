@@ -90,6 +90,13 @@ class EvaConfig:
         "Leave positions that a batch's `attention_mask` calls padding out of the means of inputs. Matters for "
         "variants 'eva' and 'eva_f' only.",
     )
+    token_fraction: float = _hyperparameter(
+        1.0,
+        "Share of the examples in a micro-batch whose tokens the means of inputs and of output gradients are gathered "
+        "from, for less time: its first ones, at least one. Matters for variants 'eva' and 'eva_f' only.",
+        above=0.0,
+        maximum=1.0,
+    )
     base: Base = _hyperparameter(
         "adamw",
         "Rule that consumes the direction. 'adamw': momentum is preconditioned and scaled to four times the size of "

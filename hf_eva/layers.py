@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import BLOCK
+from .config import EvaConfig
 
 
 class LayerKind:
@@ -22,6 +23,7 @@ class LayerKind:
 
     name = "Linear"
     is_transposed = False  # whether the weight is stored as (d_in, d_out)
+    axes_of_batch = 2  # of an input with several examples, at least
 
     def matches(self, module: nn.Module) -> bool:
         """Whether this kind describes the module. Exact classes only: a subclass may compute something else."""
@@ -95,6 +97,7 @@ class Conv2dKind(LayerKind):
     """`nn.Conv2d` as a Linear over patches; its tokens are the output positions."""
 
     name = "Conv2d"
+    axes_of_batch = 4
 
     def matches(self, module: nn.Module) -> bool:
         return _class(module) is nn.Conv2d
@@ -188,11 +191,54 @@ class Layer:
         """`(d_out, d_in)`."""
         return self.kind.shape(self.module)
 
-    def sizes_of_sums(self, with_output_gradients: bool, with_squares: bool) -> list[int]:
+    def sizes_of_sums(self, wanted: Wanted) -> list[int]:
         """How many numbers are summed in a window: tokens, inputs, their squares, output gradients, their squares."""
         d_out, d_in = self.shape
-        square = int(with_squares)
-        return [1, d_in, square, *((d_out, square) if with_output_gradients else (0, 0))]
+        square = int(wanted.squares)
+        return [1, d_in, square, *((d_out, square) if wanted.output_gradients else (0, 0))]
+
+
+class Wanted(NamedTuple):
+    """
+    Which sums are gathered: also those of output gradients, also those of squares, and of which share of the examples
+    in a batch: the first ones, at least one, each of whose tokens then stands for several.
+    """
+
+    output_gradients: bool
+    squares: bool
+    share: float = 1.0
+
+    @classmethod
+    def by(cls, config: EvaConfig) -> Wanted:
+        return cls(config.needs_output_gradients, config.needs_traces, config.token_fraction)
+
+    def cut(self, kind: LayerKind, x: Tensor) -> tuple[int, int]:
+        """How many examples of an input count, of how many there are."""
+        if self.share == 1 or x.ndim < kind.axes_of_batch or len(x) == 0:
+            return 1, 1
+        return math.ceil(len(x) * self.share), len(x)
+
+    def input_sums(
+        self,
+        kind: LayerKind,
+        module: nn.Module,
+        x: Tensor,
+        dtype: torch.dtype,
+        real: Tensor | None,
+        cut: tuple[int, int],
+    ) -> Tensor:
+        """See [`LayerKind.input_sums`]."""
+        real = None if real is None else _first(real, cut)
+        return cut[1] / cut[0] * kind.input_sums(module, _first(x, cut), dtype, real, self.squares)
+
+    def output_gradient_sums(self, kind: LayerKind, grad: Tensor, dtype: torch.dtype, cut: tuple[int, int]) -> Tensor:
+        """See [`LayerKind.output_gradient_sums`]."""
+        return cut[1] / cut[0] * kind.output_gradient_sums(_first(grad, cut), dtype, self.squares)
+
+
+def _first(batch: Tensor, cut: tuple[int, int]) -> Tensor:
+    """So many examples of a batch, whose tokens may be its rows."""
+    return batch if cut == (1, 1) else batch[: len(batch) * cut[0] // cut[1]]
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ from .capture import Capture, Statistics
 from .config import EvaConfig
 from .curvature import is_refreshed
 from .diagnostics import LastStep
-from .layers import Layer
+from .layers import Layer, Wanted
 from .selection import Plan, embeddings_of, tables_of
 from .sgd_step import sgd_step
 from .shards import align_, refusal
@@ -107,8 +107,7 @@ class Eva(torch.optim.Optimizer):
         self.grad_scaler = grad_scaler
         self._capture: Capture | None = None
         if self.layers and self.config.needs_inputs:
-            needed = self.config.needs_output_gradients, self.config.needs_traces
-            self._capture = Capture(plan.model, self.layers, *needed, mask_padding=self.config.mask_padding)
+            self._capture = Capture(plan.model, self.layers, Wanted.by(self.config), self.config.mask_padding)
         self._warned: set[int] = set()
         self._watch = Watch(partial(_name_in, plan))
         self._steps, self._is_rehearsal = 0, False

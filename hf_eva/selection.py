@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import EvaConfig
-from .layers import Layer, LayerKind, kind_of, working_dtype
+from .layers import Layer, LayerKind, Wanted, kind_of, working_dtype
 from .shards import is_distributed
 
 Filter = str | Sequence[str]
@@ -355,7 +355,7 @@ def _state_bytes(parameter: nn.Parameter, layer: Layer | None, config: EvaConfig
 def _sent_bytes(layers: Sequence[Layer], config: EvaConfig) -> int:
     if not layers or not config.needs_inputs:
         return 0
-    numbers = sum(sum(layer.sizes_of_sums(config.needs_output_gradients, config.needs_traces)) for layer in layers)
+    numbers = sum(sum(layer.sizes_of_sums(Wanted.by(config))) for layer in layers)
     return numbers * max(working_dtype(layer.weight).itemsize for layer in layers)
 
 

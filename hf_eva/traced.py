@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerKind, working_dtype
+from .layers import LayerKind, Wanted, working_dtype
 from .masks import MaskScope
 
 
@@ -42,15 +42,14 @@ def after_layer(
     anchor: Tensor,
     scope: MaskScope,
     index: int,
-    wanted: tuple[bool, bool],
+    wanted: Wanted,
     module: nn.Module,
     args: Any,
     kwargs: Any,
     output: Tensor,
 ) -> Tensor | None:
     """
-    What the hook of a layer does in a graph; returns the output, tied to the layer's anchor. `wanted` are the sums of
-    output gradients, and squares.
+    What the hook of a layer does in a graph; returns the output, tied to the layer's anchor.
     """
     x = args[0] if args else next(iter(kwargs.values()))
     rows = scope.rows(index, x)
@@ -60,26 +59,26 @@ def after_layer(
         real = None if isinstance(rows, str) else rows
         weight = module.weight
         assert isinstance(weight, Tensor)
-        sums = kind.input_sums(module, x.detach(), working_dtype(weight), real, wanted[1])
-    tied: Tensor = _Tie.apply(output, anchor, sums, kind, wanted)  # type: ignore[no-untyped-call]
+        cut = wanted.cut(kind, x)
+        sums = wanted.input_sums(kind, module, x.detach(), working_dtype(weight), real, cut)
+    tied: Tensor = _Tie.apply(output, anchor, sums, kind, wanted, cut)  # type: ignore[no-untyped-call]
     return tied
 
 
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, sums: Tensor, kind: LayerKind, wanted: tuple[bool, bool]
+        ctx: Any, output: Tensor, anchor: Tensor, sums: Tensor, kind: LayerKind, wanted: Wanted, cut: tuple[int, int]
     ) -> Tensor:
         ctx.save_for_backward(sums, anchor)
-        ctx.kind, ctx.wanted = kind, wanted
+        ctx.kind, ctx.wanted, ctx.cut = kind, wanted, cut
         ctx.mark_dirty(output)  # it is the same tensor, also for what works in place on it
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         sums, anchor = ctx.saved_tensors
-        with_output_gradients, with_squares = ctx.wanted
-        if with_output_gradients:
-            sums = torch.cat([sums, ctx.kind.output_gradient_sums(grad, sums.dtype, with_squares)])
+        if ctx.wanted.output_gradients:
+            sums = torch.cat([sums, ctx.wanted.output_gradient_sums(ctx.kind, grad, sums.dtype, ctx.cut)])
         # A model that has been moved has new anchors after its next step.
-        return grad, sums.to(anchor), None, None, None
+        return grad, sums.to(anchor), None, None, None, None

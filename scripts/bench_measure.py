@@ -263,14 +263,21 @@ def time_training(
     in_turns(sides, rounds, patience, run)
 
 
+CAPTURES: dict[str, dict[str, Any]] = {
+    "eva_f": {"variant": "eva_f"},
+    "eva": {"variant": "eva"},
+    "eva_quarter": {"variant": "eva", "token_fraction": 0.25},
+}
+
+
 def time_capture(
     model: PreTrainedModel, batch: dict[str, Tensor], rounds: int, steps: int, patience: float, autocast: bool
 ) -> list[Side]:
-    """Forward and backward without hooks, with those of Eva-f and with those of Eva."""
+    """Forward and backward without hooks, with those of Eva-f and of Eva, and with these on a quarter of the batch."""
     device, sides = str(model.device), [Side("no capture", share(model))]
-    for variant in ("eva_f", "eva"):
+    for name, options in CAPTURES.items():
         own = share(model)
-        sides.append(Side(variant, own, create_eva_optimizer(own, config=EvaConfig(variant=variant))))
+        sides.append(Side(name, own, create_eva_optimizer(own, config=EvaConfig(**options))))
 
     def run(side: Side) -> float:
         return sum(seconds(device, lambda: side.backward(batch, autocast)) for _ in range(steps)) / steps

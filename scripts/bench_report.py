@@ -37,8 +37,9 @@ products of matrices multiply and add, and the time of that at the speed above; 
 memory is read meanwhile. Calls: kernels on a GPU, operations on memory on a CPU. Host reads: on a CPU they include
 AdamW's own counts of steps, which live on the host. What repeats after some steps is spread over them.
 
-Capture: forward and backward with the hooks of a variant, and the share that these add. Variant eva_s, the recipe, has
-none. Memory: the most that parameters, gradients, the optimizer and its step took together, in a process of its own.
+Capture: forward and backward with the hooks of a variant, and the share that these add; eva_quarter looks at a quarter
+of each batch (`token_fraction`). Variant eva_s, the recipe, has none. Memory: the most that parameters, gradients, the
+optimizer and its step took together, in a process of its own.
 """
 WIRE = """
 Wire: one all-reduce per step sums the statistics over processes; the recipe sends none, and gradients stand beside it

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_eva import EvaConfig, plan, subspaces
 from hf_eva.capture import Capture
+from hf_eva.layers import Wanted
 
 # Every variant of the recipe and of the published family, for tests that concern them all.
 CONFIGS = {
@@ -201,8 +202,8 @@ def guess(dimension: int, rank: int) -> torch.Tensor:
     return subspaces.initial_basis(dimension, rank, torch.zeros((), dtype=torch.float64))
 
 
-def attach(model, with_output_gradients=True) -> Capture:
-    return Capture(model, plan(model).layers, with_output_gradients)
+def attach(model, with_output_gradients=True, share=1.0) -> Capture:
+    return Capture(model, plan(model).layers, Wanted(with_output_gradients, True, share))
 
 
 def gathered(capture) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import hf_eva
 from hf_eva import EvaConfig, create_eva_optimizer, plan
 from hf_eva.capture import Capture
-from hf_eva.layers import LayerKind
+from hf_eva.layers import LayerKind, Wanted
 
 # The sums ------------------------------------------------------------------------------------------------------------
 
@@ -49,6 +49,48 @@ def test_sixteen_at_once_are_four_times_four():
     for part in zip(x.chunk(4), y.chunk(4), strict=True):
         (F.mse_loss(model(part[0]), part[1]) / 4).backward()
     assert_near(gathered(capture), whole, 1e-12)
+
+
+@pytest.mark.parametrize("build", [mlp, convnet])
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(("share", "number"), [(0.5, 2), (0.3, 2), (0.1, 1)])
+def test_the_first_examples_may_stand_for_all(build, compiles, share, number):
+    model = build()
+    x, y = data(model)[0]
+    wanted = expected(model, lambda model: F.mse_loss(model(x[:number]), y[:number]) * number / 4)
+    times = {"tokens": 4 / number, "g": 4 / number, "g_square": (4 / number) ** 2}
+    wanted = {name: value * times.get(name.rpartition(" ")[2], 1) for name, value in wanted.items()}
+    capture = attach(model, share=share)
+    torch.compiler.reset()
+    called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+    F.mse_loss(called(x), y).backward()
+    assert_near(gathered(capture), wanted, 1e-12)
+
+
+def test_the_first_examples_have_their_own_padding():
+    pytest.importorskip("transformers")
+    model, batch = FAMILIES["bert"].build().double().eval(), FAMILIES["bert"].batch
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 3:], mask[-1, 1:] = 0, 0
+    batch, found = batch | {"attention_mask": mask}, []
+    for share, number in ((0.5, len(mask)), (1.0, len(mask) // 2)):
+        capture = attach(model, with_output_gradients=False, share=share)
+        model(**{key: value[:number] for key, value in batch.items()}).loss.backward()
+        found.append(gathered(capture))
+        capture.detach()
+    wanted = {name: value * (2 if name.endswith("tokens") else 1) for name, value in found[1].items()}
+    assert_near(found[0], wanted, 1e-12)
+
+
+def test_a_single_example_stands_for_itself():
+    model = mlp()
+    x, y = data(model)[0]
+    for batch, target in ((x[:1], y[:1]), (x[0, 0], y[0, 0])):
+        wanted = expected(model, lambda model, x=batch, y=target: F.mse_loss(model(x), y))
+        capture = attach(model, share=0.5)
+        F.mse_loss(model(batch), target).backward()
+        assert_near(gathered(capture), wanted, 1e-12)
+        capture.detach()
 
 
 def test_without_output_gradients_only_inputs_are_summed():
@@ -189,7 +231,7 @@ def test_checkpointing_counts_once(use_reentrant):
     functions = losses(data(model, 2))
     wanted = expected(model, *functions)
     checkpointed = Checkpointed(model, use_reentrant)
-    capture = Capture(checkpointed, plan(model).layers, True)
+    capture = Capture(checkpointed, plan(model).layers, Wanted(True, True))
     for loss in functions:
         loss(checkpointed).backward()
     assert_near(gathered(capture), wanted, 1e-12)

@@ -35,6 +35,7 @@ def test_flags_reach_the_config(tmp_path):
         "refresh_interval": 7,
         "g_scale": "mean",
         "mask_padding": False,
+        "token_fraction": 0.25,
         "base": "sgd",
         "momentum": 0.5,
         "nesterov": False,

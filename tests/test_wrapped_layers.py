@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_equal, assert_near, data, every_config, losses, mlp
+from helpers import CONFIGS, assert_equal, assert_near, attach, data, every_config, losses, mlp
 from torch import nn
 from zoo import ZOO, Batch, sentences
 
@@ -66,7 +66,7 @@ def test_adapters_are_preconditioned_and_their_base_is_untouched(config, changes
 def test_adapters_see_each_token_once(use_dora):
     """DoRA also sends unit vectors through its adapters, to measure the weight. No gradient comes back from those."""
     model = adapted(ZOO["bert"].build().double(), use_dora=use_dora)
-    capture = Capture(model, plan(model).layers, True)
+    capture = attach(model)
     model(**batch()).loss.backward()
     tokens = int(batch()["attention_mask"].sum())
     for layer, found in zip(capture.layers, capture.collect()(), strict=True):

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import ALL, HOOKED, Run, assert_same, longer, packed, train, whole
-from helpers import assert_near
+from helpers import assert_near, attach
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO, next_tokens, sentences
 
-from hf_eva import EvaConfig, create_eva_optimizer, plan
-from hf_eva.capture import Capture
+from hf_eva import EvaConfig, create_eva_optimizer
 
 TEXT = [name for name, animal in ZOO.items() if "input_ids" in animal.batch([[2, 3, 4]])]
 ANYWHERE = ("gpt2", "llama", "opt", "qwen2", "mixtral", "t5")  # can be told the positions, or need none
@@ -64,7 +63,7 @@ def test_checkpointing_over_several_forward_passes_warns_where_it_forgets(use_re
     """As in contrastive training: the batch of the first forward pass is gone when its layers run again."""
 
     def statistics(model):
-        capture = Capture(model, plan(model).layers, True)
+        capture = attach(model)
         losses = [model(**ZOO["bert"].batch(sentences(seed=seed))).loss for seed in (0, 1)]
         sum(losses).backward()
         return {layer.name: found.a for layer, found in zip(capture.layers, capture.collect()(), strict=True)}
@@ -99,7 +98,7 @@ class Positions(nn.Module):
 
 def means_of(model, *args, **kwargs) -> tuple[float, list[float]]:
     """How many tokens the layer counts, and their mean."""
-    capture = Capture(model, plan(model).layers, True)
+    capture = attach(model)
     model(*args, **kwargs).nan_to_num().sum().backward()
     (found,) = capture.collect()()
     capture.detach()
@@ -150,7 +149,7 @@ def test_a_batch_of_padding_counts_nothing():
 
 def test_the_mask_of_an_earlier_batch_is_forgotten():
     model = Positions()
-    capture = Capture(model, plan(model).layers, True)
+    capture = attach(model)
     model(X, torch.zeros(2, 3)).sum().backward()
     model(X).sum().backward()
     assert capture.collect()()[0].tokens == 6
@@ -164,7 +163,7 @@ def test_an_evaluation_does_not_change_the_mask():
             return checkpoint(self.layer, x, use_reentrant=True)
 
     model = Checkpointed()
-    capture = Capture(model, plan(model).layers, True)
+    capture = attach(model)
     out = model(X.clone().requires_grad_(), X[..., 0] < 9)
     with torch.no_grad():
         model(X)
@@ -176,7 +175,7 @@ def test_an_evaluation_does_not_change_the_mask():
 
 
 def tokens_of(model, batch) -> dict[str, int]:
-    capture = Capture(model, plan(model).layers, True)
+    capture = attach(model)
     model(**batch).loss.backward()
     return {layer.name: int(found.tokens) for layer, found in zip(capture.layers, capture.collect()(), strict=True)}
 

@@ -231,7 +231,7 @@ def test_the_record_holds_tables_targets_and_how_it_was_made(tiny, tmp_path, cap
     assert (steps[["seconds", "counted_bytes", "least_bytes", "bandwidth", "calls", "state_bytes"]] > 0).all().all()
     whole = rows[rows["part"] == "whole"]
     assert sorted(set(whole["size"])) == ["1 × 4", "2 × 8"] and len(whole) == 8
-    assert list(rows[rows["part"] == "capture"]["optimizer"]) == ["no capture", "eva_f", "eva"] * 2
+    assert list(rows[rows["part"] == "capture"]["optimizer"]) == ["no capture", "eva_f", "eva", "eva_quarter"] * 2
     assert "| share" in written
 
 
