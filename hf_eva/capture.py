@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import traced
 from .collectives import begin_sum_
-from .layers import Layer, LayerKind, Wanted, working_dtype
+from .layers import Layer, LayerKind, Sample, Wanted, working_dtype
 from .masks import MaskScope, scopes_of
 from .shards import is_distributed
 from .traced import anchor_of
@@ -168,19 +168,19 @@ class Capture:
         self.start_window()
         return statistics
 
-    def input_sums(self, index: int, module: nn.Module, x: Tensor, rows: Tensor | str, cut: tuple[int, int]) -> Tensor:
+    def input_sums(self, index: int, module: nn.Module, x: Tensor, rows: Tensor | str, sample: Sample) -> Tensor:
         """
         The sums of an input, in the order of [`Statistics`]. What the layer before has received as well, as query, key
         and value do, is read once.
         """
-        kind, dtype = self.layers[index].kind, working_dtype(self.layers[index].weight)
+        kind, dtype = sample.kind, working_dtype(self.layers[index].weight)
         scope, key = self.scopes[index], None
         # A kind with sums of its own may make them differently for each module. Inference tensors count no changes.
         if type(kind).input_sums is LayerKind.input_sums and not x.is_inference():
             key = x._version, dtype, scope, scope.number, isinstance(rows, str)
             if self._read is not None and self._read[0]() is x and self._read[1] == key:
                 return self._read[2]
-        sums = self.wanted.input_sums(kind, module, x, dtype, None if isinstance(rows, str) else rows, cut)
+        sums = sample.input_sums(module, x, dtype, None if isinstance(rows, str) else rows)
         self._read = None if key is None else (weakref.ref(x), key, sums)
         return sums
 
@@ -258,14 +258,14 @@ def _after_layer(capture: Capture, index: int, module: nn.Module, args: Any, kwa
     rows = "all" if is_unclear else scope.rows(index, x)
     if isinstance(rows, str) and rows == "none":
         return
-    cut = capture.wanted.cut(layer.kind, x)
+    sample = capture.wanted.sample(layer.kind, x)
     with torch.no_grad():
-        sums = capture.input_sums(index, module, x, rows, cut)
+        sums = capture.input_sums(index, module, x, rows, sample)
     slot = capture.slot(index, output.device)
     capture.called.add(index)
     # On the tensor that holds the values: an in-place operation gives a view another gradient, but not its base.
     holder = output._base if output._is_view() and output._base is not None else output
-    holder.register_hook(partial(_commit, weakref.ref(capture), index, sums, cut, slot, is_unclear))
+    holder.register_hook(partial(_commit, weakref.ref(capture), index, sums, sample, slot, is_unclear))
 
 
 def _of_parts(layer: Layer) -> str:
@@ -280,7 +280,7 @@ def _commit(
     reference: weakref.ref[Capture],
     index: int,
     sums: Tensor,
-    cut: tuple[int, int],
+    sample: Sample,
     slot: Tensor,
     is_unclear: bool,
     grad: Tensor,
@@ -302,8 +302,7 @@ def _commit(
         inputs.add_(sums.to(inputs.device))
         if capture.wanted.output_gradients:
             capture.saw_float16 |= grad.dtype == torch.float16
-            found = capture.wanted.output_gradient_sums(capture.layers[index].kind, grad, sums.dtype, cut)
-            outputs.add_(found.to(outputs.device))
+            outputs.add_(sample.output_gradient_sums(grad, sums.dtype).to(outputs.device))
 
 
 def _before_traced_model(

@@ -212,33 +212,34 @@ class Wanted(NamedTuple):
     def by(cls, config: EvaConfig) -> Wanted:
         return cls(config.needs_output_gradients, config.needs_traces, config.token_fraction)
 
-    def cut(self, kind: LayerKind, x: Tensor) -> tuple[int, int]:
-        """How many examples of an input count, of how many there are."""
+    def sample(self, kind: LayerKind, x: Tensor) -> Sample:
+        """What is gathered of one call of a layer, with this input."""
         if self.share == 1 or x.ndim < kind.axes_of_batch or len(x) == 0:
-            return 1, 1
-        return math.ceil(len(x) * self.share), len(x)
-
-    def input_sums(
-        self,
-        kind: LayerKind,
-        module: nn.Module,
-        x: Tensor,
-        dtype: torch.dtype,
-        real: Tensor | None,
-        cut: tuple[int, int],
-    ) -> Tensor:
-        """See [`LayerKind.input_sums`]."""
-        real = None if real is None else _first(real, cut)
-        return cut[1] / cut[0] * kind.input_sums(module, _first(x, cut), dtype, real, self.squares)
-
-    def output_gradient_sums(self, kind: LayerKind, grad: Tensor, dtype: torch.dtype, cut: tuple[int, int]) -> Tensor:
-        """See [`LayerKind.output_gradient_sums`]."""
-        return cut[1] / cut[0] * kind.output_gradient_sums(_first(grad, cut), dtype, self.squares)
+            return Sample(kind, self.squares, 1, 1)
+        return Sample(kind, self.squares, math.ceil(len(x) * self.share), len(x))
 
 
-def _first(batch: Tensor, cut: tuple[int, int]) -> Tensor:
-    """So many examples of a batch, whose tokens may be its rows."""
-    return batch if cut == (1, 1) else batch[: len(batch) * cut[0] // cut[1]]
+class Sample(NamedTuple):
+    """The sums of [`LayerKind`], over the `first` examples `of` so many, as if they were all."""
+
+    kind: LayerKind
+    squares: bool
+    first: int
+    of: int
+
+    def input_sums(self, module: nn.Module, x: Tensor, dtype: torch.dtype, real: Tensor | None) -> Tensor:
+        real = None if real is None else self._part(real)
+        return self._scaled(self.kind.input_sums(module, self._part(x), dtype, real, self.squares))
+
+    def output_gradient_sums(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._scaled(self.kind.output_gradient_sums(self._part(grad), dtype, self.squares))
+
+    def _part(self, batch: Tensor) -> Tensor:
+        """Of a batch by examples or, one after the other, by their tokens."""
+        return batch if self.first == self.of else batch[: len(batch) * self.first // self.of]
+
+    def _scaled(self, sums: Tensor) -> Tensor:
+        return sums if self.first == self.of else sums * (self.of / self.first)
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerKind, Wanted, working_dtype
+from .layers import LayerKind, Sample, Wanted, working_dtype
 from .masks import MaskScope
 
 
@@ -48,9 +48,7 @@ def after_layer(
     kwargs: Any,
     output: Tensor,
 ) -> Tensor | None:
-    """
-    What the hook of a layer does in a graph; returns the output, tied to the layer's anchor.
-    """
+    """What the hook of a layer does in a graph; returns the output, tied to the layer's anchor."""
     x = args[0] if args else next(iter(kwargs.values()))
     rows = scope.rows(index, x)
     if isinstance(rows, str) and rows == "none":
@@ -59,26 +57,26 @@ def after_layer(
         real = None if isinstance(rows, str) else rows
         weight = module.weight
         assert isinstance(weight, Tensor)
-        cut = wanted.cut(kind, x)
-        sums = wanted.input_sums(kind, module, x.detach(), working_dtype(weight), real, cut)
-    tied: Tensor = _Tie.apply(output, anchor, sums, kind, wanted, cut)  # type: ignore[no-untyped-call]
+        sample = wanted.sample(kind, x)
+        sums = sample.input_sums(module, x.detach(), working_dtype(weight), real)
+    tied: Tensor = _Tie.apply(output, anchor, sums, sample, wanted.output_gradients)  # type: ignore[no-untyped-call]
     return tied
 
 
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, sums: Tensor, kind: LayerKind, wanted: Wanted, cut: tuple[int, int]
+        ctx: Any, output: Tensor, anchor: Tensor, sums: Tensor, sample: Sample, with_output_gradients: bool
     ) -> Tensor:
         ctx.save_for_backward(sums, anchor)
-        ctx.kind, ctx.wanted, ctx.cut = kind, wanted, cut
+        ctx.sample, ctx.with_output_gradients = sample, with_output_gradients
         ctx.mark_dirty(output)  # it is the same tensor, also for what works in place on it
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         sums, anchor = ctx.saved_tensors
-        if ctx.wanted.output_gradients:
-            sums = torch.cat([sums, ctx.wanted.output_gradient_sums(ctx.kind, grad, sums.dtype, ctx.cut)])
+        if ctx.with_output_gradients:
+            sums = torch.cat([sums, ctx.sample.output_gradient_sums(grad, sums.dtype)])
         # A model that has been moved has new anchors after its next step.
-        return grad, sums.to(anchor), None, None, None, None
+        return grad, sums.to(anchor), None, None, None
