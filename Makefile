@@ -53,8 +53,8 @@ demo: $(if $(wildcard $(DEV)),$(DEV),$(EMBEDDED))  ## fine-tune a real BERT with
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(BIN)/accelerate launch --config_file $(LAUNCH) \
 		scripts/finetune.py $(RECIPE) --output_dir $(OUTPUT) --overwrite_output_dir true
 
-bench: $(DEV)  ## compare optimizers as CONFIG says: tables and plots in benchmarks/REPORT.md
-	$(BIN)/python scripts/compare.py $(CONFIG) --output $(BENCH)
+bench: $(DEV)  ## compare optimizers as CONFIG says, with the FLAGS of scripts/compare.py: benchmarks/REPORT.md
+	$(BIN)/python scripts/compare.py $(CONFIG) $(FLAGS) --output $(BENCH)
 
 bench-step: $(DEV)  ## what a step of each optimizer costs, with the FLAGS of scripts/bench_step.py: benchmarks/step.md
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python scripts/bench_step.py $(FLAGS) \
