@@ -284,7 +284,7 @@ class Eva(torch.optim.Optimizer):
         """Whether there are statistics for a layer: some models use a weight without calling its module."""
         assert self._capture is not None
         if statistics is None:  # those of the last refresh
-            return "eva_updates" in self.state[layer.weight]
+            return "eva_updates" in self.state.get(layer.weight, {})
         if index in self._capture.called or self._is_rehearsal:
             return True
         # The read of a device value happens only where this process never called the layer: another one may have.
@@ -325,8 +325,7 @@ class Eva(torch.optim.Optimizer):
                     if key != "step" or id(parameter) in by_rows:
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         self._follow()
-        counts = [self.state[layer.weight].get("eva_updates", 0) for layer in self.layers]
-        self._steps = int(max(counts, default=0))
+        self._steps = int(max((entry.get("eva_updates", 0) for entry in self.state.values()), default=0))
         self._rest()
         if self._capture is not None:
             self._capture.start_window()
