@@ -85,9 +85,9 @@ def row_adamw_(
     momentum_dtype: torch.dtype | None = None,
 ) -> None:
     """
-    AdamW with one second moment per row, the mean over its entries; for embeddings, whose rows are
-    the parameters of one token each. `squares` are the [`mean_squares`] of the gradients' whole rows, and
-    `momentum_dtype` is what the first moment is kept in, by default that of the parameter.
+    AdamW with one second moment per row, the mean over its entries; for embeddings, whose rows are the parameters of
+    one token each. `squares` are the [`mean_squares`] of the gradients' whole rows, and `momentum_dtype` is what the
+    first moment is kept in, by default that of the parameter.
     """
     beta1, beta2 = group["betas"]
     for parameter, square in zip(parameters, squares, strict=True):

@@ -206,7 +206,7 @@ class Wanted(NamedTuple):
 
     output_gradients: bool
     squares: bool
-    share: float = 1.0
+    share: float
 
     @classmethod
     def by(cls, config: EvaConfig) -> Wanted:

@@ -325,7 +325,8 @@ class Eva(torch.optim.Optimizer):
                     if key != "step" or id(parameter) in by_rows:
                         self.state[parameter][key] = value.to(device=parameter.device, copy=True)
         self._follow()
-        self._steps = int(max((entry.get("eva_updates", 0) for entry in self.state.values()), default=0))
+        # One by one: counts of layers on different devices cannot be compared there.
+        self._steps = max((int(entry.get("eva_updates", 0)) for entry in self.state.values()), default=0)
         self._rest()
         if self._capture is not None:
             self._capture.start_window()

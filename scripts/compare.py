@@ -83,13 +83,16 @@ def reported_runs(config: Config, results: Results, task: str, optimizer: str, r
             return None
         return statistics.fmean(map(results.lowest, runs)) <= statistics.fmean(map(results.loss, targets))
 
-    lengths, whole = [1.0], meets(1.0)
+    whole, further, lengths = meets(1.0), [], [1.0]
     if whole:
-        lengths += sorted((length for length in config.lengths if length < 1), reverse=True)
+        further = sorted((length for length in config.lengths if length < 1), reverse=True)
     elif whole is False and (optimizer == config.subject or task in config.goals.get(optimizer, {})):
-        lengths += sorted(length for length in config.lengths if length > 1)
-    last = next((n for n, length in enumerate(lengths) if meets(length) is not whole), len(lengths) - 1)
-    return [run for length in lengths[: last + 1] for run in at(optimizer, rate, length)]
+        further = sorted(length for length in config.lengths if length > 1)
+    for length in further:
+        lengths.append(length)
+        if meets(length) is not whole:
+            break
+    return [run for length in lengths for run in at(optimizer, rate, length)]
 
 
 def count(config: Config, stages: list[str], pairs: list[tuple[str, str]]) -> int:

@@ -231,7 +231,7 @@ def test_checkpointing_counts_once(use_reentrant):
     functions = losses(data(model, 2))
     wanted = expected(model, *functions)
     checkpointed = Checkpointed(model, use_reentrant)
-    capture = Capture(checkpointed, plan(model).layers, Wanted(True, True))
+    capture = Capture(checkpointed, plan(model).layers, Wanted(True, True, 1.0))
     for loss in functions:
         loss(checkpointed).backward()
     assert_near(gathered(capture), wanted, 1e-12)
