@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import observe
+from reference_step import observe
 from torch import Tensor, nn
 
 from hf_eva import EvaConfig, plan, subspaces

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 from helpers import CONFIGS, FAMILIES, convnet, data, every_config, guess, linear_names, losses, mlp, train
-from reference import Reference
+from reference_step import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_eva import EvaConfig, create_eva_optimizer

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_equal, assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import output_tokens, tokens
+from reference_step import output_tokens, tokens
 from torch import nn
 
 from hf_eva import layers as rooms

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from helpers import STEPS, Branches, assert_near, convnet, data, every_recipe, guess, linear_names, losses, mlp, train
-from reference import Reference
+from reference_step import Reference
 from torch import nn
 
 from hf_eva import EvaConfig, create_eva_optimizer
