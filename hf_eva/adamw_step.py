@@ -12,7 +12,7 @@ from .layers import Layer, working_dtype
 from .routines import Routine, at_once, together
 from .selection import momentum_dtype
 from .shards import local
-from .soundness import replace_unless_
+from .soundness import replace_unless_, squared_norms_of
 from .stacks import Stack
 from .step import Step
 
@@ -64,8 +64,8 @@ def _correction_and_scales(
     """What turns momenta into updates, and what the rows of these are multiplied with, of shape `(n, d_out)`."""
     matrices, (of_rows, of_columns), config = stack.kind.matrices(momenta), stack.part, step.config
     row_squares = formula.squared_row_norms(matrices)
-    weights = torch.stack(torch._foreach_norm([local(weight) for weight in stack.weights])).to(momenta.dtype)
-    row_squares, weights = yield from of_columns.sum(row_squares, weights.square())
+    weights = torch.stack(squared_norms_of([local(weight) for weight in stack.weights]))
+    row_squares, weights = yield from of_columns.sum(row_squares, weights)
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
     mixed, numel = momentum_squares.sum(1), stack.layers[0].weight.numel()
     norms, largest = mixed.sqrt(), factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])

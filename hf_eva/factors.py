@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .formula import TINY, Correction, averaged, dot, inverse, least, norm
+from .products import product
 from .routines import Routine, at_once
 from .shards import WHOLE, Part
 from .subspaces import column_norms, unit_columns
@@ -173,8 +174,8 @@ def factored(
     d_out, d_in = grads.shape[1:]
     outer, *of_output = (part.rows.take(output.basis), *output[1:]) if output else _no_factor(grads, d_out)
     inner, *of_input = (part.columns.take(input.basis), *input[1:]) if input else _no_factor(grads, d_in)
-    (image,) = yield from part.columns.sum(grads.bmm(inner))
-    products = image.square().sum(1), outer.mT.bmm(image), outer.mT.bmm(grads)
+    (image,) = yield from part.columns.sum(product(grads, inner))
+    products = image.square().sum(1), outer.mT.bmm(image), product(outer.mT, grads)
     squares, cross, row = yield from part.rows.sum(*products)
     (row_squares,) = yield from part.columns.sum(row.square().sum(2))
     if momenta is None:
@@ -184,7 +185,7 @@ def factored(
             _momentum_shifts, (squares, *of_input, *momenta), (row_squares, *of_output, *momenta), exponent=exponent
         )
     row.baddbmm_(cross * inner_f.unsqueeze(1), inner.mT)
-    (row_image,) = yield from part.columns.sum(grads.bmm(row.mT))
+    (row_image,) = yield from part.columns.sum(product(grads, row.mT))
     columns = torch.cat([image * inner_f.unsqueeze(1), outer * outer_f.unsqueeze(1)], 2)
     return Correction(columns, torch.cat([inner.mT, row], 1), torch.cat([image, row_image], 2))
 

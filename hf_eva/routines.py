@@ -8,7 +8,8 @@ not their size, so that those of all stacks should be one (see [`at_once`]). [`t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -85,8 +86,23 @@ def _calls(requests: dict[int, Sequence[Call]]) -> dict[int, list[Any]]:
     for index, calls in requests.items():
         for kind, call in zip(kinds[index], calls, strict=True):
             alike.setdefault(kind, []).append(call)
-    found = {kind: iter(_called(calls)) for kind, calls in alike.items()}
+    with _on_one_thread():
+        found = {kind: iter(_called(calls)) for kind, calls in alike.items()}
     return {index: [next(found[kind]) for kind in of_calls] for index, of_calls in kinds.items()}
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """
+    What is small has been done before a second thread is there. LAPACK asks for one all the same, for every matrix:
+    eigenvectors of 32 x 32 took ten times as long where threads that wait sleep.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _kind(call: Call) -> Hashable:

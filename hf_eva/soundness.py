@@ -18,6 +18,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+LARGE = 2**16  # numbers, of which one norm takes longer than those of rows
 LARGEST = 1e-6  # of the largest number that a precision holds: products of squares need room
 
 
@@ -32,17 +33,28 @@ def can_read(tensor: Tensor) -> bool:
 
 
 def squared_norms_of(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """`‖G‖²` of gradients of any shape, as 0-dim tensors in working precision (float32 or float64)."""
+    """`‖G‖²` of gradients or weights of any shape, as 0-dim tensors in working precision (float32 or float64)."""
     alike = defaultdict(list)
     for index, gradient in enumerate(gradients):
         values = gradient.coalesce().values() if gradient.is_sparse else gradient
         alike[values.device, torch.promote_types(values.dtype, torch.float32)].append((index, values))
     found: dict[int, Tensor] = {}
     for (_, dtype), members in alike.items():
-        norms = torch._foreach_norm([values for _, values in members], 2, dtype)
+        norms = torch._foreach_norm([_with_its_norm(values, dtype) for _, values in members], 2, dtype)
         squares = torch.stack(norms).square().unbind()
         found |= {index: square for (index, _), square in zip(members, squares, strict=True)}
     return [found[index] for index in range(len(gradients))]
+
+
+def _with_its_norm(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    The norms of rows for what is large on a CPU: unlike the norm of a whole tensor, they are computed by all threads,
+    and are sums of few numbers, whose rounding does not show.
+    """
+    if values.device.type != "cpu" or values.numel() < LARGE or values.ndim < 2 or not values.is_contiguous():
+        return values
+    rows: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=dtype)
+    return rows
 
 
 def replace_unless_(sound: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:

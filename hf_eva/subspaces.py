@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .formula import TINY, eps, inverse, norm, over
+from .products import product
 from .routines import Routine, at_once
 from .shards import WHOLE, Part
 
@@ -34,11 +35,11 @@ def subspace_images(
 ) -> Routine[Images]:
     """All that is known of `G / ‖G‖` through both bases, whole, in three reads of `G`, whose `‖G‖²` are given."""
     scales = over(inverse(squares).sqrt(), grads)
-    (image,) = yield from part.columns.sum(grads.bmm(part.columns.take(input) * scales))
+    (image,) = yield from part.columns.sum(product(grads, part.columns.take(input) * scales))
     left = torch.cat([image, part.rows.take(output)], 2)
     # In this order, G is read along its rows.
-    (right,) = yield from part.rows.sum((left * scales).mT.bmm(grads).mT)
-    outer = grads.bmm(right[:, :, input.shape[2] :] * scales)
+    (right,) = yield from part.rows.sum(product((left * scales).mT, grads).mT)
+    outer = product(grads, right[:, :, input.shape[2] :] * scales)
     outer, right = yield from part.columns.sum(outer, part.columns.spread(right))
     left, outer = yield from part.rows.sum(part.rows.spread(left), part.rows.spread(outer))
     return Images(left, right, outer)

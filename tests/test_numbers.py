@@ -327,3 +327,12 @@ def test_an_overflow_without_a_step_leaves_the_statistics_alone(name):
         backward(one, 3)
         rule.step()
     assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("shape", [(1024, 3072), (1024, 3, 32, 32)], ids=["matrix", "image"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_of_many_numbers_keeps_its_digits(shape, dtype):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (found,) = soundness.squared_norms_of([values])
+    assert found.dtype == torch.float32
+    assert abs(found.item() / values.double().square().sum().item() - 1) < 1e-6

@@ -33,6 +33,29 @@ def test_one_call_answers_all_that_ask_for_the_same():
     assert sorted(calls) == [(2, 5), (6, 3), (12, 3)]
 
 
+def test_what_is_small_is_computed_on_one_thread():
+    def asking(function):
+        return (yield from at_once(function, (torch.ones(2, 2),)))
+
+    def noting(values):
+        seen.append(torch.get_num_threads())
+        return values
+
+    def failing(values):
+        raise RuntimeError("as a decomposition may")
+
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        together([asking(noting)])
+        assert seen == [1] and torch.get_num_threads() == 2
+        with pytest.raises(RuntimeError, match="decomposition"):
+            together([asking(failing)])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_precisions_are_not_mixed():
     def asking(dtype):
         (found,) = yield from at_once(torch.neg, (torch.ones(2, 2, dtype=dtype),))
