@@ -14,8 +14,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     `left @ right` of stacks `(n, a, b)` and `(n, b, c)` of one precision, which is kept.
 
-    torch takes a batched product in float32 to the BLAS that it was built with. Where that is MKL and the processor is
-    not Intel's, oneDNN needs less than half of the time for a large matrix and a few columns, and no longer anywhere.
+    torch takes a batched product in float32 to the BLAS that it was built with. MKL's gets to half of what a processor
+    can do that is not Intel's: there, oneDNN needs less than half of its time for a large matrix and a few columns.
     """
     large = left if left.numel() > right.numel() else right
     if not _suits_onednn(large, left.shape[1] * right.numel() // len(right)):

@@ -98,6 +98,9 @@ def _on_one_thread() -> Iterator[None]:
     eigenvectors of 32 x 32 took ten times as long where threads that wait sleep.
     """
     threads = torch.get_num_threads()
+    if threads == 1 or not torch.backends.openmp.is_available():  # other pools of threads keep their size
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from hf_eva import EvaConfig, create_eva_optimizer
 from hf_eva.curvature import SEARCH_STEPS
+from hf_eva.products import product
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-6, 0.01, 1.0  # the weights stay where they are: only the work counts
 SMALL = 2, 8  # sentences and tokens of the batch that makes the gradients where only the step is timed
@@ -37,6 +38,7 @@ FREE = {"_local_scalar_dense", "_unsafe_view", "detach", "empty", "empty_like", 
 HOST_READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero"}
 OVERWRITING = {"copy_", "fill_", "zero_"}
 PRODUCTS_OF_MATRICES = ("mm", "bmm", "addmm", "baddbmm")
+ONEDNNS_PRODUCT = "_linear_pointwise"
 
 
 @dataclass
@@ -71,6 +73,8 @@ class _Counting(TorchDispatchMode):
         if name.removesuffix("_") in PRODUCTS_OF_MATRICES:
             rule = flop_registry[getattr(torch.ops.aten, name.removesuffix("_"))]
             self.counts.flops += rule(*args, **(kwargs or {}), out_val=result)
+        elif name == ONEDNNS_PRODUCT:
+            self.counts.flops += 2 * args[0].shape[-1] * result.numel()
         return result
 
 
@@ -153,7 +157,7 @@ def product_rate(device: str, repeats: int = 20) -> float:
     """Multiplications and additions per second, in the fastest of some products of a low-rank basis and a gradient."""
     n, rows, columns, rank = MULTIPLIED
     grads, basis = torch.ones(n, rows, columns, device=device), torch.ones(n, columns, rank, device=device)
-    return 2 * math.prod(MULTIPLIED) / min(seconds(device, lambda: grads.bmm(basis)) for _ in range(repeats))
+    return 2 * math.prod(MULTIPLIED) / min(seconds(device, lambda: product(grads, basis)) for _ in range(repeats))
 
 
 @dataclass

@@ -94,6 +94,7 @@ def test_counts_are_those_of_the_operations():
         lambda: one @ square,
         lambda: one.addmm_(one, square),
         lambda: torch.baddbmm(one, one[None], square[None]),
+        lambda: torch.ops.mkldnn._linear_pointwise(one, square, None, "none", [], ""),
     ):
         with bench_measure.counting("cpu") as counts:
             work()
