@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hf_eva"
 # Ground floor first. A file or folder of hf_eva/ is one room.
 ROOMS = (
     "config",
+    "products",
     "routines",
     "shards",
     "soundness",
