@@ -165,7 +165,7 @@ def test_settings_that_only_a_run_can_refuse(changes, expected, start, settings,
 
 @pytest.mark.slow
 def test_killed_in_the_middle_no_run_is_done_twice(tmp_path, settings):
-    path = write(tmp_path, {**settings, "seeds": list(range(6))})  # so many that there is time to end it
+    path = write(tmp_path, {**settings, "seeds": list(range(12))})  # so many that there is time to end it
     command = [sys.executable, ROOT / "scripts" / "compare.py", path, "--output", tmp_path]
     command += ["--workers", "2", "--stages", "tune", "run", "report"]
     path = tmp_path / "tiny" / "runs.csv"
