@@ -32,8 +32,9 @@ import pandas as pd
 import psutil
 import torch
 from compare_config import Config, Run, check_names, read_config
+from compare_outcomes import crossing
 from compare_results import PLACE, TIME_COLUMNS, Results, append, read_times
-from compare_runs import BadSettings, Job, start_worker, train
+from compare_runs import BadSettings, Job, start_fast_worker, start_worker, train
 from compare_search import search, tuned
 from compare_timing import MEMORY_ENVIRONMENT, measure_memory, measure_times
 from finetune import BAD_INPUT
@@ -67,7 +68,8 @@ def wanted(config: Config, results: Results, stages: list[str], pairs: list[tupl
 def reported_runs(config: Config, results: Results, task: str, optimizer: str, rate: float) -> list[Run]:
     """
     Returns the runs on the reported seeds: the whole schedule, ever shorter ones as long as the one before meets the
-    target and, where the whole one does not and a goal depends on the optimizer, ever longer ones until one does.
+    target within their steps, and ever longer ones until one meets it, where the whole one does not and a goal depends
+    on the optimizer.
     """
 
     def at(name: str, rate: float, length: float) -> list[Run]:
@@ -76,22 +78,25 @@ def reported_runs(config: Config, results: Results, task: str, optimizer: str, r
     baseline = tuned(config, results, task, config.baseline)
     targets = at(config.baseline, baseline, 1.0) if baseline else []
 
-    def meets(length: float) -> bool | None:
-        """`None` while it is not known."""
+    def met(length: float) -> float | None:
+        """After how many steps the mean over the seeds meets the target; `None` while it is not known."""
         runs = at(optimizer, rate, length)
         if not targets or not all(results.is_settled(run) for run in [*runs, *targets]):
             return None
-        return statistics.fmean(map(results.lowest, runs)) <= statistics.fmean(map(results.loss, targets))
+        curve = pd.concat(map(results.curve, runs), axis=1).fillna(math.inf).mean(axis=1)  # nothing after a divergence
+        return crossing(curve, statistics.fmean(map(results.loss, targets)))
 
-    whole, further, lengths = meets(1.0), [], [1.0]
-    if whole:
-        further = sorted((length for length in config.lengths if length < 1), reverse=True)
-    elif whole is False and (optimizer == config.subject or task in config.goals.get(optimizer, {})):
-        further = sorted(length for length in config.lengths if length > 1)
-    for length in further:
-        lengths.append(length)
-        if meets(length) is not whole:
+    lengths, steps = [1.0], met(1.0)
+    if steps == math.inf and (optimizer == config.subject or task in config.goals.get(optimizer, {})):
+        for length in sorted(length for length in config.lengths if length > 1):
+            lengths.append(length)
+            if met(length) != math.inf:
+                break
+    for length in sorted((length for length in config.lengths if length < 1), reverse=True):
+        if steps is None or steps > config.steps(task, length):
             break
+        lengths.append(length)
+        steps = met(length)
     return [run for length in lengths for run in at(optimizer, rate, length)]
 
 
@@ -115,13 +120,13 @@ def job_of(config: Config, run: Run) -> Job:
 class Workers:
     """Processes that take one job each, so that one that dies takes no other's job with it."""
 
-    def __init__(self, number: int, environment: dict[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, number: int, environment: dict[str, str], start: Callable[[], None] = start_worker) -> None:
+        self._environment, self._start_worker = environment, start
         self._free = [self._start() for _ in range(number)]
         self._busy: dict[Future, tuple[ProcessPoolExecutor, Any]] = {}
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_worker)
+        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), self._start_worker)
 
     @property
     def is_free(self) -> bool:
@@ -199,7 +204,7 @@ def run_all(config: Config, results: Results, stages: list[str], pairs: list[tup
     bar = tqdm(total=total, desc=config.name, unit="run", smoothing=0.05, dynamic_ncols=True)
     best: dict[str, tuple[float, str]] = {}
     told: set[str] = set()
-    with bar, Workers(workers, environment(1)) as pool:
+    with bar, Workers(workers, environment(1), start_fast_worker) as pool:
         while todo or pool.tags:
             under_way = {run.key for run in pool.tags}
             for run in todo:

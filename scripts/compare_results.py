@@ -76,39 +76,36 @@ class Results:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._final: dict[tuple, float] = {}
-        self._lowest: dict[tuple, float] = {}
+        self._curves: dict[tuple, pd.Series] = {}
         self._failures: dict[tuple, int] = {}
         self._failed_now: set[tuple] = set()
         runs = read_runs(path)
-        runs["lowest"] = runs.groupby([*KEY, "status"])["eval_loss"].transform("min")
-        ends = runs.query("step == steps")
-        for *key, status, loss, lowest in ends[[*KEY, "status", "eval_loss", "lowest"]].itertuples(index=False):
-            self._note(tuple(key), status, loss, lowest)
+        for (*key, status), rows in runs.groupby([*KEY, "status"]):
+            self._note(tuple(key), status, rows)
 
-    def _note(self, key: tuple, status: str, loss: float, lowest: float) -> None:
+    def _note(self, key: tuple, status: str, rows: pd.DataFrame) -> None:
         if status == "failed":
-            self._failures[key] = self._failures.get(key, 0) + 1
+            self._failures[key] = self._failures.get(key, 0) + int((rows["step"] == rows["steps"]).sum())
         else:
-            self._final[key], self._lowest[key] = loss, lowest
+            self._curves[key] = rows.set_index("step")["eval_loss"]
 
     def add(self, run: Run, status: str, rows: list[dict[str, float]]) -> None:
         head = dict(zip(COLUMNS, astuple(run), strict=False))
-        append(self.path, pd.DataFrame([{**head, **row, "status": status} for row in rows], columns=COLUMNS))
-        losses = [row.get("eval_loss", math.nan) for row in rows]
-        self._note(run.key, status, losses[-1], min(losses))
+        table = pd.DataFrame([{**head, **row, "status": status} for row in rows], columns=COLUMNS)
+        append(self.path, table)
+        self._note(run.key, status, table)
         if status == "failed":
             self._failed_now.add(run.key)
 
     def is_settled(self, run: Run) -> bool:
         """Whether the run is done: finished, failed in this session, or failed too often."""
         failed = run.key in self._failed_now or self._failures.get(run.key, 0) >= ATTEMPTS
-        return run.key in self._final or failed
+        return run.key in self._curves or failed
+
+    def curve(self, run: Run) -> pd.Series:
+        """Evaluation loss by step of a settled run; infinite at the end where the training diverged or failed."""
+        return self._curves.get(run.key, pd.Series([math.inf], index=[run.steps]))
 
     def loss(self, run: Run) -> float:
         """The final evaluation loss of a settled run; infinite where the training diverged or failed."""
-        return self._final.get(run.key, math.inf)
-
-    def lowest(self, run: Run) -> float:
-        """The lowest evaluation loss of a settled run; infinite where there is none."""
-        return self._lowest.get(run.key, math.inf)
+        return float(self.curve(run).iloc[-1])

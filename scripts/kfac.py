@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from onednn import matmul
 from torch import Tensor, nn
 
 from hf_eva.layers import Layer
@@ -67,7 +68,7 @@ class KFAC(torch.optim.Optimizer):
         """Add what a layer received, and the gradient at its output, to the sums; all tokens count, padding too."""
         inputs, outputs = tokens(layer, x, grad)
         sides = [inputs, outputs] if self.param_groups[0]["output_side"] else [inputs]
-        sums = [len(inputs), *(side.T @ side for side in sides)]
+        sums = [len(inputs), *(matmul(side.T, side) for side in sides)]
         previous = self.sums.get(layer.weight, [0] * len(sums))
         self.sums[layer.weight] = [old + new for old, new in zip(previous, sums, strict=True)]
 
@@ -90,9 +91,9 @@ class KFAC(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 update = layer.kind.matrix(weight.grad.lerp(buffer, group["momentum"]))
                 if "input_inverse" in state:
-                    update = update @ state["input_inverse"]
+                    update = matmul(update, state["input_inverse"])
                 if "output_inverse" in state:
-                    update = state["output_inverse"] @ update
+                    update = matmul(state["output_inverse"], update)
                 scale = ADAMW_RMS * math.sqrt(weight.numel()) / torch.linalg.vector_norm(update).clamp_min(TINY)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 layer.kind.matrix(weight).addcmul_(update, scale, value=-group["lr"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from kfac import KFAC
+from onednn import matmul
 from published import PublishedEva
 from recipe import near_miss
 from torch import Tensor, nn
@@ -116,18 +117,20 @@ def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], step
     rows, columns = x.shape
     if columns > 1.5 * rows:
         # The same polynomials of S = X Xᵀ, multiplied together before they meet the much larger X.
-        s, product = x @ x.T, None
+        s, product = matmul(x, x.T), None
         for step in range(steps):
-            factor = torch.addmm(s, s, s, beta=b, alpha=c)
+            factor = matmul(s, s).mul_(c).add_(s, alpha=b)
             factor.diagonal().add_(a)
-            product = factor if product is None else factor @ product
+            product = factor if product is None else matmul(factor, product)
             if step < steps - 1:
-                s = factor @ (s @ factor)
-        x = x if product is None else product @ x
+                s = matmul(factor, matmul(s, factor))
+        x = x if product is None else matmul(product, x)
     else:
         for _ in range(steps):
-            s = x @ x.T
-            x = torch.addmm(x, torch.addmm(s, s, s, beta=b, alpha=c), x, beta=a)
+            s = matmul(x, x.T)
+            factor = matmul(s, s).mul_(c).add_(s, alpha=b)
+            factor.diagonal().add_(a)
+            x = matmul(factor, x)
     return x.T if tall else x
 
 
@@ -246,7 +249,7 @@ PEERS = {
     "muon": _peer(
         _layers(Muon, matrices_only=True, adjust_lr_fn="match_rms_adamw"),
         2.0,
-        "torch.optim.Muon, adjust_lr_fn match_rms_adamw, float32 on a CPU; AdamW for convolutions too",
+        "torch.optim.Muon, adjust_lr_fn match_rms_adamw, on a CPU in float32 by oneDNN; AdamW for convolutions too",
     ),
     "soap": _peer(_layers("pytorch_optimizer.SOAP"), 4.0, "pytorch_optimizer.SOAP", interval=10),
     "shampoo": _peer(

@@ -23,10 +23,10 @@ INTRODUCTION = """
 Target: the mean evaluation loss of the tuned {baseline} at the end of its whole schedule. Time to target: steps to
 target × time per step, in units of the whole training of {baseline}. The mean over the seeds has to meet the target,
 and the schedule that does so after the fewest steps counts, out of {lengths} of the full length; from that on, a
-shorter one is run where the one before gets that low, a longer one where it does not and a goal depends on it. ± is
-half a 95 % interval over the seeds; p is Welch's test of the final loss against {baseline}; seeds are those that meet
-the target each by itself; state and memory are those of the optimizer alone and of the whole step. † marks a learning
-rate at the end of those that were tried.
+shorter one is run where the one before gets that low within its steps, a longer one where it does not and a goal
+depends on it. ± is half a 95 % interval over the seeds; p is Welch's test of the final loss against {baseline}; seeds
+are those that meet the target each by itself; state and memory are those of the optimizer alone and of the whole step.
+† marks a learning rate at the end of those that were tried.
 """
 
 

@@ -126,7 +126,7 @@ def test_a_task_may_be_searched_on_more_seeds(settings, tmp_path):
 
 
 def test_the_schedule_that_meets_the_target_first_counts(outcomes):
-    found = outcomes({6: [3.0, 1.5, 0.5], 3: [2.0, 1.2, 0.8]}, {6, 3})
+    found = outcomes({6: [1.1, 0.8, 0.5], 3: [2.0, 1.2, 0.8]}, {6, 3})
     assert found.target == pytest.approx(1.0)
     eva, adamw = found.all["eva"], found.all["adamw"]
     assert (eva.length, eva.steps) == (0.5, pytest.approx(2.5))
@@ -146,16 +146,21 @@ def test_a_longer_schedule_may_meet_a_target_that_the_whole_one_does_not(outcome
     assert (found.all["eva"].length, found.all["eva"].steps) == (2, pytest.approx(10))
 
 
+SOON, LATE, NEVER = [1.1, 0.8, 0.5], [3.0, 2.0, 0.5], [3.0, 2.0, 1.5]  # the target is met after 0.44 or 0.89 of it
+
+
 @pytest.mark.parametrize(
-    ("ends", "asked"),
+    ("eva", "asked"),
     [
-        ({6: 0.5}, {6, 3}),
-        ({6: 0.5, 3: 1.5}, {6, 3}),
-        ({6: 0.5, 3: 0.5}, {6, 3, 2}),
-        ({6: 1.5}, {6, 12}),
-        ({6: 1.5, 12: 0.5}, {6, 12}),
-        ({6: 1.5, 12: 1.5}, {6, 12, 24}),
+        ({6: SOON}, {6, 3}),
+        ({6: LATE}, {6}),
+        ({6: SOON, 3: NEVER}, {6, 3}),
+        ({6: SOON, 3: LATE}, {6, 3}),
+        ({6: SOON, 3: SOON}, {6, 3, 2}),
+        ({6: NEVER}, {6, 12}),
+        ({6: NEVER, 12: LATE}, {6, 12}),
+        ({6: NEVER, 12: NEVER}, {6, 12, 24}),
     ],
 )
-def test_no_schedule_is_run_beyond_the_one_that_decides(outcomes, ends, asked):
-    outcomes({steps: [3.0, 2.0, end] for steps, end in ends.items()}, asked, lengths=(4, 2, 1, 0.5, 1 / 3))
+def test_no_schedule_is_run_beyond_the_one_that_decides(outcomes, eva, asked):
+    outcomes(eva, asked, lengths=(4, 2, 1, 0.5, 1 / 3))
