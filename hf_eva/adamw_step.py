@@ -67,7 +67,8 @@ def _correction_and_scales(
     weights = torch.stack(squared_norms_of([local(weight) for weight in stack.weights]))
     row_squares, weights = yield from of_columns.sum(row_squares, weights)
     momentum_squares, weights = yield from of_rows.sum(of_rows.spread(row_squares), weights)
-    mixed, numel = momentum_squares.sum(1), stack.layers[0].weight.numel()
+    # All sizes go by the root of this number, and a step of some layers is longer than its entries would make it.
+    mixed, numel = momentum_squares.sum(1), stack.layers[0].weight.numel() * stack.reach**2
     norms, largest = mixed.sqrt(), factors.largest_sizes(weights.sqrt(), numel, stack.group["lr"])
     agreements = yield from _agreements(step, stack, seen, mixed)
     (found,) = yield from at_once(

@@ -262,7 +262,7 @@ def row_shares(squares: Tensor) -> Tensor:
     return squares / squares.mean(1, keepdim=True).clamp_min(TINY)
 
 
-def largest_sizes(weight_norms: Tensor, numel: int, lr: float) -> Tensor:
+def largest_sizes(weight_norms: Tensor, numel: float, lr: float) -> Tensor:
     """
     Sizes of updates, times [`LAYER_FACTOR`], that change weights by [`LARGEST_CHANGE`] of their root mean square.
 
@@ -296,7 +296,7 @@ def row_scales(
             that was turned into `P`.
         shares (`Tensor` of shape `(n, d_out)`): running averages of `squares`, divided by their mean.
         norms (`Tensor` of shape `(n,)`): `‖M‖`.
-        numels (`Tensor` of shape `(n,)`): number of entries of each `M`.
+        numels (`Tensor` of shape `(n,)`): number of entries of each `M`, or of what its update should be as large as.
         sizes (`Tensor` of shape `(n,)`): `c`, from `M̂`, which is `M` corrected for its start from zero, as in Adam.
         largest (`Tensor` of shape `(n,)`): bounds on `c`, from [`largest_sizes`].
 

@@ -170,6 +170,7 @@ class Layer:
     name: str
     module: nn.Module
     kind: LayerKind
+    reach: float = 1.0  # how many times as long as others its steps are, see `selection.reach_of`
 
     @property
     def weight(self) -> nn.Parameter:

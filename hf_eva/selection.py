@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -167,7 +167,23 @@ def plan(
             f"{type(model).__name__} has no layer to precondition ({reasons}). Eva needs a trainable nn.Linear, "
             f"Conv1D or Conv2d; {advice}."
         )
+    if layers:
+        layers[-1] = replace(layers[-1], reach=reach_of(layers[-1], modules))
     return Plan(model, tuple(layers), tuple(rows), _sent_bytes(layers, config))
+
+
+def reach_of(last: Layer, modules: Mapping[str, nn.Module]) -> float:
+    """
+    How many times as long as others the steps of the last layer are: `sqrt(d_in / d_out)`, at least 1, where it is the
+    head of a model, linear and in no list of blocks. So its update is as large, as a whole, as that of a square layer
+    with the same inputs. A head of few classes whose entries move as those of other layers lags behind its model,
+    which goes meanwhile where a random head tells it to.
+    """
+    parents = [last.name[: dot.start()] for dot in re.finditer(r"\.", last.name)]
+    if last.kind.name == "Conv2d" or any(isinstance(modules[name], nn.ModuleList) for name in parents):
+        return 1.0
+    d_out, d_in = last.shape
+    return max(1.0, math.sqrt(d_in / d_out))
 
 
 def embeddings_of(model: nn.Module, config: EvaConfig) -> list[nn.Embedding]:

@@ -26,7 +26,7 @@ State = MutableMapping[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one kind, shape, precision, device and parameter group, all of them with a bias or all without."""
+    """Layers of one kind, shape, reach, precision, device and group, all of them with a bias or all without."""
 
     layers: tuple[Layer, ...]
     indices: tuple[int, ...]  # among all planned layers
@@ -40,6 +40,10 @@ class Stack:
     @cached_property
     def weights(self) -> list[Tensor]:
         return [layer.weight for layer in self.layers]
+
+    @property
+    def reach(self) -> float:
+        return self.layers[0].reach
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -176,10 +180,10 @@ def stacks_of(layers: Iterable[tuple[int, Layer, dict[str, Any], bool]], most: i
     alike = defaultdict(list)
     for index, layer, group, has_bias in layers:
         weight = layer.weight
-        key = (layer.kind.name, axes_of(weight), weight.dtype, weight.device, id(group), has_bias)
+        key = (layer.kind.name, axes_of(weight), weight.dtype, weight.device, id(group), has_bias, layer.reach)
         alike[key].append((index, layer, group, has_bias))
     stacks = []
-    for (_, axes, _, device, _, has_bias), members in alike.items():
+    for (_, axes, _, device, _, has_bias, _), members in alike.items():
         size = max(1, math.prod(axis.size for axis in axes))
         limit = _most_weights(device) if most is None else most
         count = max(1, limit // size)

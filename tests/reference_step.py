@@ -210,13 +210,24 @@ class Reference:
             agreement = self.agreement(layer, M, G)
             M = self.averages[layer, "momentum"] = beta * M + (1 - beta) * G
             N = beta * M + (1 - beta) * G if config.nesterov else M
-            largest = 0.05 * root_mean_square / (4 * self.lr) if self.lr else torch.tensor(math.inf, dtype=G.dtype)
+            lr = self.lr * self.reach(layer)
+            largest = 0.05 * root_mean_square / (4 * lr) if lr else torch.tensor(math.inf, dtype=G.dtype)
             P = self.precondition(N, factors, square, largest, agreement)
             shares = self.averaged(layer, "rows", mean_squares_of_rows(P))
             largest = largest.clamp(min=0.2)
             step = step_of_adamw(P, shares, N, 1 - beta ** (self.steps + config.nesterov), square, largest)
-            self.turned[layer] = N, step
-            parameter.sub_(self.lr * from_matrix(module, step.contiguous()))
+            self.turned[layer] = N, step * self.reach(layer)
+            parameter.sub_(lr * from_matrix(module, step.contiguous()))
+
+    def reach(self, layer: str) -> float:
+        """How many times as long the steps of a head are: as if it had as many outputs as inputs."""
+        d_out, d_in = as_matrix(self.layers[layer], self.layers[layer].weight).shape
+        in_list = any(
+            isinstance(m, nn.ModuleList) and f"{layer}.".startswith(f"{name}.")
+            for name, m in self.model.named_modules()
+        )
+        is_head = layer == list(self.layers)[-1] and not isinstance(self.layers[layer], nn.Conv2d) and not in_list
+        return math.sqrt(d_in / d_out) if is_head and d_in > d_out else 1.0
 
     def agreement(self, layer: str, M: Tensor, G: Tensor) -> float:
         """How much of the momentum M of all gradients before it G confirms, on average."""

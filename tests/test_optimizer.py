@@ -130,7 +130,7 @@ def test_the_memory_format_does_not_matter(config):
     models[1].load_state_dict(models[0].state_dict())
     models[1].to(memory_format=torch.channels_last)
     for model in models:
-        train(model, create_eva_optimizer(model, lr=0.01, config=config))
+        train(model, create_eva_optimizer(model, lr=0.002, config=config))
     assert_near(*models, 1e-12)
 
 

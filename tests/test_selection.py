@@ -1,5 +1,6 @@
 """`plan`: which layers are preconditioned, why the others are not, and what the table says."""
 
+import math
 import re
 from unittest.mock import patch
 
@@ -239,6 +240,20 @@ def test_a_model_may_be_one_layer():
 def test_a_model_without_a_layer_is_refused(model):
     with pytest.raises(ValueError, match=r"has no layer to precondition \(.*use torch.optim.AdamW"):
         plan(model)
+
+
+def reaches(model, **filters):
+    return {layer.name: layer.reach for layer in plan(model, **filters).layers if layer.reach != 1}
+
+
+def test_a_head_steps_as_far_as_a_square_layer_with_its_inputs():
+    assert reaches(bert()) == {"classifier": math.sqrt(16 / 3)}
+    assert not reaches(bert(), exclude="classifier") and not reaches(gpt2())
+    assert reaches(mlp()) == {"5": math.sqrt(7 / 4)}
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 2))])
+    assert reaches(nn.Sequential(blocks, nn.Linear(8, 2))) == {"1": 2.0} and not reaches(nn.Sequential(blocks))
+    assert not reaches(nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8)))
+    assert not reaches(nn.Sequential(nn.Linear(2, 8), nn.Conv2d(8, 2, 1)))
 
 
 def test_switched_off_there_is_no_layer():
